@@ -1,0 +1,1 @@
+"""plaudit: learning from what people prefer."""

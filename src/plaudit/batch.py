@@ -1,0 +1,147 @@
+"""`Batch`: the one tensor record that samplers fill, algorithms read and the trainer splits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B logical rows of T columns, padded on the right; column t always belongs to token t.
+
+    A row is a prompt followed by what was said after it. Column 0 is never an action, because nothing
+    precedes it that could have predicted it. Streams are (B, T) and mean nothing outside `actions`.
+
+    tokens      (B, T) int64, any value where `attention` is False
+    attention   (B, T) bool, True for real tokens: a prefix of each row
+    actions     (B, T) bool, True where the policy chose the token (or is to learn to)
+    groups      (B,) int64; equal ids stand side by side, are never split, and may share their prompt
+    trunk       (B, T, d) activations of the frozen layers, kept so that they are computed once
+    targets     (B,) or (B, R) what people said of the row; NaN where nobody answered
+    """
+
+    tokens: Tensor
+    attention: Tensor
+    actions: Tensor
+    groups: Tensor
+    logprobs: Tensor | None = None
+    reference_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    rewards: Tensor | None = None
+    trunk: Tensor | None = None
+    scores: Tensor | None = None
+    targets: Tensor | None = None
+    index: Tensor | None = None
+    truncated: Tensor | None = None
+
+    def __len__(self) -> int:
+        return int(self.tokens.shape[0])
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) number of real tokens of each row."""
+        return self.attention.sum(1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are set, by name."""
+        named = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: tensor for name, tensor in named if tensor is not None}
+
+    def rows(self, index: Tensor) -> Batch:
+        """The rows named by `index` (n,) in that order, cut to their longest."""
+        chosen = {name: tensor[index] for name, tensor in self.tensors().items()}
+        width = max(int(chosen["attention"].sum(1).max()), 1) if len(index) else 1
+        full = self.tokens.shape[1]
+        streams = {name for name, tensor in self.tensors().items() if tensor.dim() >= 2 and name != "targets"}
+        return replace(
+            self, **{name: t[:, :width] if name in streams and width < full else t for name, t in chosen.items()}
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    def blocks(self) -> list[Tensor]:
+        """The row indices of each group, in order of appearance."""
+        if len(self) == 0:
+            return []
+        _, counts = torch.unique_consecutive(self.groups, return_counts=True)
+        return list(torch.arange(len(self), device=self.tokens.device).split(counts.tolist()))
+
+    def shuffled(self, generator: torch.Generator) -> Batch:
+        """The groups in random order; rows inside a group keep theirs."""
+        blocks = self.blocks()
+        order = torch.randperm(len(blocks), generator=generator).tolist()
+        return self.rows(torch.cat([blocks[i] for i in order]))
+
+    def split(self, tokens: int) -> Iterator[Batch]:
+        """Micro-batches of at most `tokens` padded tokens, whole groups only, longest rows first.
+
+        Sorting by length keeps padding small; the longest part comes first so that a run that is going to
+        exceed the memory does so at once. A group larger than the budget is a part of its own.
+        """
+        blocks = self.blocks()
+        longest = [int(self.lengths[block].max()) for block in blocks]
+        part: list[Tensor] = []
+        width = rows = 0
+        for i in sorted(range(len(blocks)), key=lambda i: (-longest[i], i)):
+            if part and (rows + len(blocks[i])) * width > tokens:
+                yield self.rows(torch.cat(part))
+                part, rows = [], 0
+            if not part:
+                width = longest[i]
+            part.append(blocks[i])
+            rows += len(blocks[i])
+        if part:
+            yield self.rows(torch.cat(part))
+
+
+def collate(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    groups: Sequence[int] | None = None,
+    actions: Sequence[Sequence[bool]] | None = None,
+) -> Batch:
+    """Rows of token ids -> a `Batch`.
+
+    `actions`, one flag per completion token, says which of them are learned (by default all of them);
+    an empty prompt leaves the first completion token out, since nothing predicts it.
+    """
+    rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+    size, width = len(rows), max([len(row) for row in rows] + [1])
+    tokens = torch.zeros(size, width, dtype=torch.int64)
+    attention = torch.zeros(size, width, dtype=torch.bool)
+    acting = torch.zeros(size, width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        start = len(prompts[i])
+        tokens[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        attention[i, : len(row)] = True
+        flags = [True] * len(completions[i]) if actions is None else list(actions[i])
+        acting[i, start : len(row)] = torch.tensor(flags, dtype=torch.bool)
+    acting[:, 0] = False
+    ids = torch.arange(size) if groups is None else torch.tensor(groups, dtype=torch.int64)
+    return Batch(tokens, attention, acting, ids)
+
+
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """Several batches as one, padded to the widest; group ids are made distinct."""
+    width = max(batch.tokens.shape[1] for batch in batches)
+    parts: dict[str, list[Tensor]] = {}
+    offset = 0
+    for batch in batches:
+        for name, tensor in batch.tensors().items():
+            if tensor.dim() >= 2 and name != "targets" and tensor.shape[1] < width:
+                padding = tensor.new_zeros(tensor.shape[0], width - tensor.shape[1], *tensor.shape[2:])
+                tensor = torch.cat([tensor, padding], 1)
+            if name == "groups":
+                _, tensor = torch.unique_consecutive(tensor, return_inverse=True)
+                tensor = tensor + offset
+                offset = int(tensor.max()) + 1 if len(tensor) else offset
+            parts.setdefault(name, []).append(tensor)
+    return Batch(**{name: torch.cat(tensors) for name, tensors in parts.items()})

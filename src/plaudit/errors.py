@@ -1,0 +1,8 @@
+"""The one exception for everything that a user can put right."""
+
+
+class PlauditError(Exception):
+    """One clear sentence: what is wrong, where it is (file, line, field), and what to do.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
