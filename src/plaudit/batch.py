@@ -81,7 +81,11 @@ class Batch:
         return self.rows(torch.cat([blocks[i] for i in order]))
 
     def split(self, tokens: int) -> Iterator[Batch]:
-        """Micro-batches of at most `tokens` padded tokens, whole groups only, longest rows first.
+        """Micro-batches of at most `tokens` padded tokens, whole groups only, longest rows first."""
+        return (part for part, _ in self.parts(tokens))
+
+    def parts(self, tokens: int) -> Iterator[tuple[Batch, Tensor]]:
+        """The micro-batches of `split`, each with the places (n,) that its rows have in this batch.
 
         Sorting by length keeps padding small; the longest part comes first so that a run that is going to
         exceed the memory does so at once. A group larger than the budget is a part of its own.
@@ -92,14 +96,18 @@ class Batch:
         width = rows = 0
         for i in sorted(range(len(blocks)), key=lambda i: (-longest[i], i)):
             if part and (rows + len(blocks[i])) * width > tokens:
-                yield self.rows(torch.cat(part))
+                yield self._part(part)
                 part, rows = [], 0
             if not part:
                 width = longest[i]
             part.append(blocks[i])
             rows += len(blocks[i])
         if part:
-            yield self.rows(torch.cat(part))
+            yield self._part(part)
+
+    def _part(self, blocks: list[Tensor]) -> tuple[Batch, Tensor]:
+        places = torch.cat(blocks)
+        return self.rows(places), places
 
 
 def collate(

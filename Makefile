@@ -1,0 +1,43 @@
+# Everything happens in .venv, made from constraints.txt; nothing of the system is touched.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: quickstart test slow lint type bench clean
+
+quickstart: $(VENV)/.quickstart
+	$(BIN)/plaudit run recipes/quickstart.yaml
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest --cov --cov-report=term -m "not slow"
+
+slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow --timeout=3600
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check src tests recipes benchmarks
+	$(BIN)/ruff format --check src tests recipes benchmarks
+
+type: $(VENV)/.dev
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by itself: where a CPU build of the pinned release is at hand, no CUDA packages are fetched.
+$(VENV)/.quickstart: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) torch
+	$(INSTALL) --editable '.[quickstart]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) torch
+	$(INSTALL) --editable '.[quickstart,dev]'
+	touch $@ $(VENV)/.quickstart

@@ -1,0 +1,100 @@
+"""`Algorithm`: the contract between an idea and the one loop that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plaudit.batch import Batch
+from plaudit.data import Order
+from plaudit.policy import Output, Policy
+from plaudit.world import World
+
+Stats = dict[str, Tensor]
+
+
+class Algorithm:
+    """Gives the trainer batches, counts their units, and turns them into a loss.
+
+    policy    the module that learns; `model` is what the trainer made of it (wrapped where there are many processes)
+    steps     optimizer steps that the run is planned for
+    position  batches handed out so far: raised before a batch is yielded, so that a state saved after its step
+              says what comes next
+    notes     figures about the last rollout, logged with the next step
+    shown     samples for people to read, written with the next step
+    """
+
+    policy: Policy
+    model: nn.Module
+    steps: int
+
+    def __init__(self, policy: Policy, world: World, tokens_per_pass: int) -> None:
+        self.policy = self.model = policy
+        self.world = world
+        self.tokens_per_pass = tokens_per_pass
+        self.position = 0
+        self.notes: dict[str, float] = {}
+        self.shown: list[dict[str, Any]] = []
+
+    def batches(self) -> Iterator[Batch]:
+        """This process's part of each batch that one optimizer step learns from."""
+        raise NotImplementedError
+
+    def weight(self, batch: Batch) -> Tensor:
+        """() how many units (tokens, pairs, sequences) the batch holds."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Stats]:
+        """() the SUM of the loss over the batch's units, and statistics that are sums over the same units."""
+        raise NotImplementedError
+
+    def after_step(self, step: int) -> None:
+        """Called once the optimizer has moved."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out figures of the present policy."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """All that must survive a restart beside weights, optimizer and global random states."""
+        return {"position": self.position}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes up what `state` returned."""
+        self.position = state["position"]
+
+    def over(self, batch: Batch, function: Callable[[Batch], Output]) -> Output:
+        """`function` over micro-batches, without gradients, its results in the order of `batch`'s rows."""
+        collected: dict[str, Tensor] = {}
+        with torch.no_grad(), self.world.autocast():
+            for part, places in batch.parts(self.tokens_per_pass):
+                for name, tensor in function(part)._asdict().items():
+                    if tensor is None:
+                        continue
+                    if name not in collected:
+                        shape = (len(batch), *batch.tokens.shape[1:][: tensor.dim() - 1], *tensor.shape[2:])
+                        collected[name] = tensor.new_zeros(shape)
+                    if tensor.dim() > 1:
+                        collected[name][places, : tensor.shape[1]] = tensor
+                    else:
+                        collected[name][places] = tensor
+        return Output(**collected)
+
+
+class FromData(Algorithm):
+    """An algorithm whose batches are rows of a data set, in the order of a seed."""
+
+    order: Order
+
+    def collate(self, indices: list[int]) -> Batch:
+        """The batch of these rows of the data."""
+        raise NotImplementedError
+
+    def batches(self) -> Iterator[Batch]:
+        while True:
+            mine = self.order[self.position][self.world.rank :: self.world.size]
+            self.position += 1
+            yield self.collate(mine).to(self.world.device)

@@ -1,0 +1,235 @@
+"""What algorithms share that learn from their own samples: a rollout is sampled, scored, and handed out in parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plaudit.advantages import AdaptiveKL, RunningMoments
+from plaudit.algorithms.base import Algorithm
+from plaudit.batch import Batch, collate
+from plaudit.data import Order
+from plaudit.errors import PlauditError
+from plaudit.policy import Policy
+from plaudit.records import Prompt
+from plaudit.rewards import Rewards
+from plaudit.sampler import Sampler, Sampling
+from plaudit.settings.policy_gradient import OnPolicy
+from plaudit.templates import Template
+from plaudit.world import World
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, as the record it came from and as token ids."""
+
+    record: Prompt
+    ids: list[int]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def score(rewards: Rewards, asked: Sequence[Asked], texts: Sequence[str], world: World) -> Tensor:
+    """(n,) raw rewards of completions; the prompts' other columns go to the reward functions by name."""
+    names = sorted({name for a in asked for name in a.record.columns})
+    columns = {name: [a.record.columns.get(name) for a in asked] for name in names}
+    prompts = [a.record.prompt for a in asked]
+    said = [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    with world.autocast():
+        return rewards(prompts, said, columns)
+
+
+class OnPolicyAlgorithm(Algorithm):
+    """Samples, scores and reuses rollouts; a subclass says what advantages are and what the loss is.
+
+    settings.rollout completions are sampled at a time; each optimizer step sees settings.batch_size of them.
+    """
+
+    reuse = 1
+
+    def __init__(
+        self,
+        settings: OnPolicy,
+        world: World,
+        policy: Policy,
+        template: Template,
+        sampler: Sampler,
+        rewards: Rewards,
+        data: list[Asked],
+        held: list[Asked],
+    ) -> None:
+        super().__init__(policy, world, settings.tokens_per_pass)
+        self.settings, self.template, self.sampler, self.rewards = settings, template, sampler, rewards
+        self.data, self.held = data, held
+        policy.temperature = settings.temperature
+        if settings.rollout % (settings.group * world.size) or settings.batch_size % (settings.group * world.size):
+            raise PlauditError(
+                f"rollout ({settings.rollout}) and batch_size ({settings.batch_size}) must be multiples of group x "
+                f"processes ({settings.group} x {world.size}), so that the completions of a prompt stay together."
+            )
+        if settings.rollout % settings.batch_size:
+            raise PlauditError(f"batch_size ({settings.batch_size}) must divide rollout ({settings.rollout}).")
+        self.order = Order(len(data), settings.rollout // settings.group, settings.seed)
+        self.per_rollout = settings.rollout // settings.batch_size * self.reuse
+        self.steps = settings.steps or self.order.steps(settings.epochs) * self.per_rollout
+        self.generator = torch.Generator().manual_seed(settings.seed * 7919 + world.rank)
+        target = settings.kl_target or None
+        self.controller = AdaptiveKL(settings.kl, target, settings.kl_horizon)
+        self.current: Batch | None = None
+
+    # ------------------------------------------------------------------------------------------------- rollouts
+
+    def batches(self) -> Iterator[Batch]:
+        while True:
+            place = self.position % self.per_rollout
+            if place == 0 or self.current is None:
+                self.current = self.rollout()
+            minibatch = self.minibatch(place)
+            self.position += 1
+            yield minibatch
+
+    def minibatch(self, place: int) -> Batch:
+        """The `place`-th part handed out of the present rollout: in every epoch another shuffle, drawn from the
+        seed and the position alone, so that nothing of it needs saving."""
+        assert self.current is not None
+        parts = self.settings.rollout // self.settings.batch_size
+        epoch, part = divmod(place, parts)
+        seed = (self.settings.seed * 1_000_003 + self.position - place + epoch) * 31 + 17
+        shuffled = self.current.shuffled(torch.Generator().manual_seed(seed))
+        size = len(shuffled) // parts
+        return shuffled.rows(torch.arange(part * size, (part + 1) * size, device=shuffled.tokens.device))
+
+    @torch.no_grad()
+    def rollout(self) -> Batch:
+        """A fresh batch with everything that the loss needs."""
+        batch, texts = self.sample(self.order[self.position // self.per_rollout])
+        if self.policy.frozen:
+            with self.world.autocast():
+                batch = replace(batch, trunk=self.over_trunk(batch))
+        batch = self.advantages(batch)
+        self.show(batch, texts)
+        return batch.to(self.world.device)
+
+    def sample(self, indices: list[int]) -> tuple[Batch, list[tuple[Asked, str]]]:
+        """Completions of these prompts, scored: a batch with logprobs, scores (shaped) and truncated; and the texts."""
+        settings = self.settings
+        asked = [self.data[i] for i in indices[self.world.rank :: self.world.size]]
+        self.sampler.refresh()
+        limits = Sampling(
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            stop_ids=(self.template.end,),
+            stop_strings=settings.stop,
+        )
+        drawn = self.sampler.sample([a.ids for a in asked], limits, settings.group, self.generator)
+        repeated = [a for a in asked for _ in range(settings.group)]
+        groups = [i for i in range(len(asked)) for _ in range(settings.group)]
+        batch = collate([a.ids for a in repeated], drawn.completions, groups)
+        logprobs = torch.zeros(batch.tokens.shape)
+        for row, (prompt, values) in enumerate(zip(repeated, drawn.logprobs, strict=True)):
+            logprobs[row, len(prompt) : len(prompt) + len(values)] = torch.tensor(values)
+        texts = [self.template.decode(completion) for completion in drawn.completions]
+        raw = score(self.rewards, repeated, texts, self.world)
+        truncated = torch.tensor(drawn.truncated)
+        shaped = self.rewards.shaped(raw) - settings.missing_end_penalty * truncated
+        self.notes["score"] = self.mean(raw)
+        self.notes["truncated"] = self.mean(truncated.float())
+        self.notes["completion_tokens"] = self.mean(batch.actions.sum(1).float())
+        index = torch.tensor([i for i in indices[self.world.rank :: self.world.size] for _ in range(settings.group)])
+        batch = replace(batch, logprobs=logprobs, scores=shaped, truncated=truncated, index=index)
+        return batch.to(self.world.device), list(zip(repeated, texts, strict=True))
+
+    def advantages(self, batch: Batch) -> Batch:
+        """The batch with `advantages`, and whatever else the loss reads."""
+        raise NotImplementedError
+
+    def over_trunk(self, batch: Batch) -> Tensor:
+        """(B, T, d) the frozen layers' activations, computed once for all passes over this rollout."""
+        kept = None
+        for part, places in batch.parts(self.tokens_per_pass):
+            activations = self.policy.trunk(part)
+            if kept is None:
+                kept = activations.new_zeros(*batch.tokens.shape, activations.shape[-1])
+            kept[places, : activations.shape[1]] = activations
+        assert kept is not None
+        return kept
+
+    def show(self, batch: Batch, texts: list[tuple[Asked, str]]) -> None:
+        """Keeps a few samples for people to read."""
+        assert batch.scores is not None
+        self.shown = [
+            {"prompt": asked.record.prompt, "completion": text, "score": round(float(score), 4)}
+            for (asked, text), score in zip(texts[:4], batch.scores[:4], strict=True)
+        ]
+
+    # ---------------------------------------------------------------------------------------------- the contract
+
+    def weight(self, batch: Batch) -> Tensor:
+        return batch.actions.sum()
+
+    def check_start(self, sampled: Tensor, own: Tensor, reference: Tensor | None, actions: Tensor) -> None:
+        """Before the first update the sampler, the learner and the reference are one policy. A run in which they
+        are not would learn from ratios and divergences that mean nothing; it stops here. Raises PlauditError."""
+        gap = float(((sampled - own).abs() * actions).sum() / actions.sum().clamp(min=1))
+        self.notes["sampler_gap"] = gap
+        if self.position or self.current is not None:
+            return
+        loose = self.world.precision != "float32"
+        if gap > (0.25 if loose else 1e-3):
+            raise PlauditError(
+                f"the sampler and the learner disagree by {gap:.3g} nats a token before the first update, so probability "
+                "ratios would not start at 1: does the model have dropout, or change its output while generating?"
+            )
+        if reference is not None and self.policy.adapter is None:
+            divergence = float(((own - reference).abs() * actions).max())
+            if divergence > (0.05 if loose else 1e-4):
+                raise PlauditError(
+                    f"the policy and its reference disagree by {divergence:.3g} nats before the first update, "
+                    "so the KL divergence would not start at 0."
+                )
+
+    def state(self) -> dict[str, Any]:
+        batch = self.current.tensors() if self.current is not None and self.position % self.per_rollout else {}
+        moments = self.rewards.moments
+        return {
+            **super().state(),
+            "generator": self.generator.get_state(),
+            "coefficient": self.controller.coefficient,
+            "moments": [moments.count, moments.mean, moments.m2],
+            "rollout": batch,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self.generator.set_state(state["generator"])
+        self.controller = replace(self.controller, coefficient=state["coefficient"])
+        self.rewards.moments = RunningMoments(*state["moments"])
+        self.current = Batch(**state["rollout"]).to(self.world.device) if state["rollout"] else None
+
+    # --------------------------------------------------------------------------------- figures over all processes
+
+    def mean(self, values: Tensor) -> float:
+        """The mean over all processes."""
+        total = self.world.sum(torch.stack([values.sum().double().cpu(), torch.tensor(float(values.numel())).double()]))
+        return float(total[0] / total[1])
+
+    def standardised(self, stream: Tensor, actions: Tensor, shift: bool = True) -> Tensor:
+        """(B, T) over standard deviation, and less the mean, of all actions of all processes (Ziegler et al. 2019:
+        biased variance)."""
+        chosen = stream[actions].double().cpu()
+        sums = self.world.sum(
+            torch.stack([chosen.sum(), chosen.square().sum(), torch.tensor(float(len(chosen))).double()])
+        )
+        mean = float(sums[0] / sums[2])
+        deviation = math.sqrt(max(float(sums[1] / sums[2]) - mean * mean, 0.0) + 1e-8)
+        scaled = (stream - mean) / deviation + (0.0 if shift else mean)
+        return scaled * actions

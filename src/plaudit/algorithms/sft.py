@@ -1,0 +1,52 @@
+"""Supervised fine-tuning: maximum likelihood of demonstrations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from plaudit.algorithms.base import FromData, Stats
+from plaudit.batch import Batch, collate
+from plaudit.data import Order
+from plaudit.losses import nll
+from plaudit.policy import Policy
+from plaudit.settings import SFT
+from plaudit.templates import Encoded
+from plaudit.world import World
+
+
+def rows(encoded: list[Encoded], indices: list[int]) -> Batch:
+    """Encoded demonstrations as a batch."""
+    chosen = [encoded[i] for i in indices]
+    batch = collate([e.prompt for e in chosen], [e.completion for e in chosen], actions=[e.actions for e in chosen])
+    return replace(batch, index=torch.tensor(indices))
+
+
+class SupervisedFineTuning(FromData):
+    """Negative log-likelihood of what was said after the prompt; the unit is a token."""
+
+    def __init__(self, settings: SFT, world: World, policy: Policy, data: list[Encoded], held: list[Encoded]) -> None:
+        super().__init__(policy, world, settings.tokens_per_pass)
+        self.data, self.held = data, held
+        self.order = Order(len(data), settings.batch_size, settings.seed)
+        self.steps = settings.steps or self.order.steps(settings.epochs)
+
+    def collate(self, indices: list[int]) -> Batch:
+        return rows(self.data, indices)
+
+    def weight(self, batch: Batch) -> Tensor:
+        return batch.actions.sum()
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Stats]:
+        return nll(self.model(batch).logprobs, batch.actions)
+
+    def evaluate(self) -> dict[str, float]:
+        if not self.held:
+            return {}
+        batch = rows(self.held, list(range(len(self.held)))).to(self.world.device)
+        logprobs = self.over(batch, self.policy).logprobs
+        assert logprobs is not None
+        total, _ = nll(logprobs, batch.actions)
+        return {"heldout_nll": float(total / batch.actions.sum())}

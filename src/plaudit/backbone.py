@@ -1,0 +1,136 @@
+"""What plaudit must know of a Hugging Face model's insides: its layers, its head, which masks it can take."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plaudit.checks import read_config
+from plaudit.errors import PlauditError
+
+# Architectures whose state is not a set of keys and values: packing rows side by side would mix documents.
+_RECURRENT = ("mamba", "rwkv", "xlstm", "recurrent_gemma", "jamba", "zamba", "bamba", "falcon_h1", "lfm2", "nemotron_h")
+
+
+def owner_of_layers(base: nn.Module) -> nn.Module:
+    """The module that holds the stack of decoder layers (Llama's model itself, OPT's decoder, ...)."""
+    count = base.config.get_text_config().num_hidden_layers
+    for module in base.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return module
+    raise PlauditError(f"cannot find the {count} layers of {type(base).__name__}: train all of it instead of its top.")
+
+
+def layers_of(base: nn.Module) -> nn.ModuleList:
+    """The stack of decoder layers."""
+    count = base.config.get_text_config().num_hidden_layers
+    children = owner_of_layers(base).children()
+    return next(child for child in children if isinstance(child, nn.ModuleList) and len(child) == count)
+
+
+def tail_of(base: nn.Module) -> dict[str, nn.Module]:
+    """The modules with weights that follow the stack: the final norm."""
+    owner = owner_of_layers(base)
+    stack = layers_of(base)
+    names = [name for name, _ in owner.named_children()]
+    after = names[[child is stack for child in owner.children()].index(True) + 1 :]
+    return {name: getattr(owner, name) for name in after if any(True for _ in getattr(owner, name).parameters())}
+
+
+@contextmanager
+def swapped(stack: nn.ModuleList, replacements: Mapping[int, nn.Module]) -> Iterator[None]:
+    """Inside, some layers of `stack` are others. Their number stays, so masks chosen by layer still fit."""
+    kept = {i: stack[i] for i in replacements}
+    try:
+        for i, module in replacements.items():
+            stack[i] = module
+        yield
+    finally:
+        for i, module in kept.items():
+            stack[i] = module
+
+
+@contextmanager
+def replaced(owner: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside, some named children of `owner` are others."""
+    kept = {name: getattr(owner, name) for name in modules}
+    try:
+        for name, module in modules.items():
+            setattr(owner, name, module)
+        yield
+    finally:
+        for name, module in kept.items():
+            setattr(owner, name, module)
+
+
+def takes_masks(model: nn.Module) -> bool:
+    """Whether rows may be packed: the model takes positions and a ready (R, 1, L, L) mask, and is causal."""
+    config = model.config
+    if config.is_encoder_decoder or config.model_type.startswith(_RECURRENT):
+        return False
+    if config._attn_implementation not in ("sdpa", "eager") or getattr(config, "alibi", False):
+        return False
+    causal = all(getattr(module, "is_causal", True) for module in model.modules())
+    return causal and "position_ids" in inspect.signature(model.base_model.forward).parameters
+
+
+def window_of(config: Any) -> int:
+    """The longest row for which sliding-window attention is plain attention."""
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None)
+    in_use = getattr(text, "use_sliding_window", True) and (kinds is None or "sliding_attention" in kinds)
+    return int(window) if window and in_use else 2**31
+
+
+def logit_transform(config: Any) -> tuple[float, float | None]:
+    """(scale, soft cap) that some families apply to the logits (Cohere, Granite; Gemma)."""
+    text = config.get_text_config()
+    scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
+    return float(scale), getattr(text, "final_logit_softcapping", None)
+
+
+def load_backbone(name: str, auto: Any, **options: Any) -> nn.Module:
+    """`auto.from_pretrained(name)` in float32, safetensors only, never with foreign code.
+
+    Raises PlauditError when there is no such model.
+    """
+    read_config(name)
+    try:
+        model = auto.from_pretrained(
+            name,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation="sdpa",
+            **options,
+        )
+    except OSError as error:
+        raise PlauditError(f"model: cannot load {name!r}: {str(error).splitlines()[0]}") from error
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise PlauditError(f"model: cannot load {name!r}: {str(error).splitlines()[0]}") from error
+        model = auto.from_pretrained(
+            name,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation="eager",
+            **options,
+        )
+    model.eval()
+    return model
+
+
+def store_linears(module: nn.Module, dtype: torch.dtype, keep: Tensor | None = None) -> None:
+    """Frozen matrices in the type they are multiplied in. What else there is (norms, embeddings, `keep`, the tied
+    head) stays as it is, so that a frozen copy computes bit for bit what autocast makes of the original."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear) and not child.weight.requires_grad and child.weight is not keep:
+            child.weight.data = child.weight.data.to(dtype)

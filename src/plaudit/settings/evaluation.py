@@ -1,0 +1,31 @@
+"""Settings of comparing policies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from plaudit.settings.common import Common, Count
+from plaudit.settings.rewards import RewardSources
+from plaudit.settings.sampling import Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Sampling, RewardSources, Common):
+    """Two or more policies on the same prompts: reward, independent judge, win rate, KL, diversity, fluency."""
+
+    model: str = ""
+    """The reference: KL and perplexity are measured under it; by default the first of `policies`."""
+    policies: tuple[str, ...]
+    """`name=folder` of each policy; the first is the one that the others are compared with."""
+    output: str = "runs/evaluate"
+    """Run folder."""
+    judge: str | None = None
+    """An independent judge, given as a reward is; by default the reward judges."""
+    judge_positive: float = 0.0
+    """A completion is counted as positive when the judge gives more than this."""
+    prompts: Count = 200
+    """Prompts to sample from."""
+    rows: Count = 64
+    """Completions that are sampled side by side."""
+    shown: Count = 10
+    """Samples that the report shows side by side."""

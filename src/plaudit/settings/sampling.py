@@ -1,0 +1,44 @@
+"""Settings of sampling, alone and inside the algorithms that sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge, Gt, Le
+
+from plaudit.settings.common import Common, Count, CountOrNone, NotNegative
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How completions are drawn."""
+
+    max_new_tokens: Count = 64
+    """Limit of a completion."""
+    temperature: Annotated[float, Gt(0)] = 1.0
+    """Divides the logits, in sampling and in every log-probability."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion; the end token always does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(Sampling, Common):
+    """Completions of prompts, into JSON lines or the terminal."""
+
+    data: str | tuple[str, ...] | None = None  # type: ignore[assignment]
+    """Prompts; without them the terminal asks for one after the other."""
+    output: str = "samples.jsonl"
+    """JSON lines with `prompt`, `completion`, `truncated`."""
+    n: Count = 1
+    """Completions of each prompt."""
+    limit: CountOrNone = 0
+    """Only the first so many prompts; 0 takes all."""
+    temperature: NotNegative = 1.0
+    """Divides the logits; 0 takes the likeliest token."""
+    top_k: CountOrNone = 0
+    """Draw among the k likeliest tokens only; 0 draws among all."""
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Draw among the likeliest tokens that hold this probability together."""
+    rows: Annotated[int, Ge(1)] = 64
+    """Completions that are sampled side by side."""

@@ -1,0 +1,116 @@
+"""Text or conversation -> token ids, and which of them are actions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from plaudit.errors import PlauditError
+from plaudit.records import Text
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a prompt and of what follows it, with one flag for each token that follows: is it an action?"""
+
+    prompt: list[int]
+    completion: list[int]
+    actions: list[bool]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+class Template:
+    """How one tokenizer writes prompts and completions.
+
+    Prompt and completion are tokenised apart, as a sampler meets them: what is learned on is then exactly what is
+    sampled from. The end token closes every completion and is an action, or stopping is never learned.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.end: int = tokenizer.eos_token_id
+        opening = tokenizer("").input_ids
+        self.opening: list[int] = [i for i in opening[:1] if i == tokenizer.bos_token_id]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, without special tokens."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def prompt(self, prompt: Text) -> list[int]:
+        """The ids that a completion is drawn after; never empty, so that the first token has something to follow."""
+        if isinstance(prompt, str):
+            ids = self._ids(prompt)
+            if ids[:1] != self.opening:
+                ids = self.opening + ids
+        else:
+            ids = self._ids(self._chat(prompt, ask=True))
+        start = self.tokenizer.bos_token_id
+        return ids or [self.end if start is None else start]
+
+    def encode(self, prompt: Text, completion: Text) -> Encoded:
+        """A demonstration. A conversation without prompt learns every assistant turn."""
+        if isinstance(prompt, str) and isinstance(completion, str):
+            ids = self._ids(completion)
+            if ids[-1:] != [self.end]:
+                ids.append(self.end)
+            return Encoded(self.prompt(prompt), ids, [True] * len(ids))
+        turns = [] if prompt == "" else _turns(prompt, "user")
+        return self._conversation(turns, _turns(completion, "assistant"))
+
+    def text(self, prompt: Text, completion: Text) -> str:
+        """Both as one text, as a reward model reads it."""
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return prompt + completion
+        turns = [] if prompt == "" else _turns(prompt, "user")
+        return self._chat(turns + _turns(completion, "assistant"), ask=False)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    def _chat(self, messages: list[dict[str, str]], ask: bool) -> str:
+        if not self.tokenizer.chat_template:
+            raise PlauditError(
+                "the data holds conversations but the model's tokenizer has no chat template: "
+                "use a chat model, or give `prompt` and `completion` as plain text."
+            )
+        text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        return text
+
+    def _conversation(self, prompt: list[dict[str, str]], said: list[dict[str, str]]) -> Encoded:
+        """Cuts the rendered conversation before and after each assistant turn, so that no template needs marks."""
+        done = self._chat(prompt, ask=False) if prompt else ""
+        start = self._ids(done)
+        ids: list[int] = []
+        actions: list[bool] = []
+        for i, turn in enumerate(said):
+            whole = self._chat(prompt + said[: i + 1], ask=False)
+            if turn["role"] == "assistant":
+                asked = self._chat(prompt + said[:i], ask=True) if prompt or i else ""
+                self._extend(ids, actions, asked, done, False)
+                self._extend(ids, actions, whole, asked, True)
+            else:
+                self._extend(ids, actions, whole, done, False)
+            done = whole
+        if not any(actions):
+            raise PlauditError("a conversation without an assistant turn has nothing to learn from: leave it out.")
+        return Encoded(start, ids, actions)
+
+    def _extend(self, ids: list[int], actions: list[bool], longer: str, shorter: str, acting: bool) -> None:
+        if not longer.startswith(shorter):
+            raise PlauditError(
+                "the chat template writes earlier turns differently once later ones follow, so the assistant's tokens "
+                "cannot be told apart: use a template that only appends."
+            )
+        added = self._ids(longer[len(shorter) :])
+        # What a template writes after the end token (a line break, often) is nobody's choice.
+        stop = added.index(self.end) + 1 if acting and self.end in added else len(added)
+        ids += added
+        actions += [acting and k < stop for k in range(len(added))]
+
+
+def _turns(text: Text, role: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": text}] if isinstance(text, str) else list(text)

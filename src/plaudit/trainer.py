@@ -1,0 +1,247 @@
+"""The one loop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from plaudit import checkpoint
+from plaudit.algorithms.base import Algorithm
+from plaudit.batch import Batch
+from plaudit.errors import PlauditError
+from plaudit.run import Run
+from plaudit.settings.common import Training
+from plaudit.world import World
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM came: the last finished step is saved, and `code` is the exit status to leave with."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"stopped at step {step}, which is saved: the same command goes on from there.")
+        self.code = 128 + number
+
+
+class Hook(Protocol):
+    """Something done beside training: logging, evaluating, saving."""
+
+    def begin(self, trainer: Trainer) -> None: ...
+    def after_step(self, trainer: Trainer) -> None: ...
+    def end(self, trainer: Trainer) -> None: ...
+
+
+class Trainer:
+    """Runs an algorithm for its steps. Every algorithm uses this loop and none has one of its own.
+
+    step      optimizer steps that are done
+    figures   the statistics of the last step, per unit
+    """
+
+    def __init__(self, run: Run, world: World, settings: Training, hooks: Sequence[Hook] = ()) -> None:
+        self.run, self.world, self.settings, self.hooks = run, world, settings, hooks
+        self.step = 0
+        self.steps = 0
+        self.tokens = 0
+        self.seconds = 0.0
+        self.seconds_before = 0.0  # of this process's start
+        self.skipped = 0
+        self.figures: dict[str, float] = {}
+        self.messages: list[str] = []
+        self._signal = 0
+        self._interruptible = False
+
+    def fit(self, algorithm: Algorithm) -> None:
+        """Trains to the last step, from the last checkpoint if there is one.
+
+        Raises PlauditError for a loss that is not finite, Interrupted after a signal; both leave a checkpoint.
+        """
+        self.begin(algorithm)
+        with self._signals():
+            try:
+                self._loop(algorithm)
+            except Interrupted:
+                # Between two optimizer steps nothing but the snapshot and the weights counts, and both are whole.
+                self.save()
+                raise
+        for hook in self.hooks:
+            hook.end(self)
+
+    def _loop(self, algorithm: Algorithm) -> None:
+        start = time.perf_counter()
+        batches = algorithm.batches()
+        while self.step < self.steps:
+            self._interruptible = self.world.size == 1
+            if self._signal:
+                raise Interrupted(self._signal, self.step)
+            batch = next(batches)
+            self._gradients(algorithm, batch)
+            self._interruptible = False
+            self._update(algorithm, batch)
+            self.tokens += int(self.world.sum(batch.attention.sum()))
+            now = time.perf_counter()
+            self.seconds += now - start
+            start = now
+            for hook in self.hooks:
+                hook.after_step(self)
+            if self.world.stop_requested(bool(self._signal)):
+                raise Interrupted(self._signal or signal.SIGTERM, self.step)
+
+    def begin(self, algorithm: Algorithm) -> None:
+        """Optimizer, processes, checkpoint: all that comes before the first step."""
+        self.algorithm, self.steps = algorithm, algorithm.steps
+        self.optimizer = _optimizer(algorithm, self.settings)
+        algorithm.model, self.optimizer = self.world.prepare(algorithm.policy, self.optimizer)
+        self._resume()
+        self._snapshot()
+        for hook in self.hooks:
+            hook.begin(self)
+
+    # ------------------------------------------------------------------------------------------------- one step
+
+    def _gradients(self, algorithm: Algorithm, batch: Batch) -> None:
+        """Gradients of the loss per unit, where units are counted over all micro-batches and processes first."""
+        total = self.world.sum(algorithm.weight(batch)).clamp(min=1e-12)
+        sums: dict[str, Tensor] = {}
+        parts = list(batch.split(self.settings.tokens_per_pass))
+        for number, part in enumerate(parts, 1):
+            with self.world.synchronised(algorithm.model, number == len(parts)):
+                with self.world.autocast():
+                    loss, stats = algorithm.loss(part)
+                self.world.backward(loss / total)
+            for name, value in {"loss": loss.detach(), **stats}.items():
+                sums[name] = sums[name] + value.double() if name in sums else value.double()
+        names = sorted(sums)
+        # All figures travel together: one reduction and one wait for the device a step, however many there are.
+        values = (self.world.sum(torch.stack([sums[name] for name in names])) / total).tolist()
+        self.figures = dict(zip(names, values, strict=True))
+
+    def _update(self, algorithm: Algorithm, batch: Batch) -> None:
+        limit = self.settings.max_grad_norm or None
+        norm = float(self.world.clip(list(algorithm.policy.learning().values()), limit))
+        self.figures["gradient_norm"] = norm
+        if math.isfinite(norm) and math.isfinite(self.figures["loss"]):
+            self.figures["learning_rate"] = self._set_learning_rate()
+            self.optimizer.step()
+            self.skipped = 0
+        else:
+            self._not_finite(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.figures |= algorithm.notes
+        algorithm.notes = {}
+        algorithm.after_step(self.step)
+        self._snapshot()
+
+    def _not_finite(self, batch: Batch) -> None:
+        rows = [] if batch.index is None else sorted(set(batch.index.tolist()))
+        where = f"step {self.step + 1} (rows {rows[:16]} of the data)"
+        self.skipped += 1
+        if self.settings.on_nan == "stop" or self.skipped > 10:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.save()
+            raise PlauditError(
+                f"the loss or its gradient is not finite at {where}; the weights are as they were before it. "
+                "Lower the learning rate, look at these rows, or set on_nan to skip."
+            )
+        self.messages.append(f"{where}: loss or gradient not finite, step skipped")
+
+    def _set_learning_rate(self) -> float:
+        """Computed from the step, so that no scheduler has a state to save."""
+        settings = self.settings
+        warmup = round(settings.warmup * self.steps)
+        share = (self.step - warmup) / max(self.steps - warmup, 1)
+        falling = {"constant": 1.0, "linear": 1 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share))}
+        factor = (self.step + 1) / (warmup + 1) if self.step < warmup else falling[settings.schedule]
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        return settings.learning_rate * factor
+
+    # ------------------------------------------------------------------------------------------ save and resume
+
+    def _snapshot(self) -> None:
+        """What a save needs beside weights and moments, as of the step just done. A signal may come in the middle
+        of the next rollout: these are references and a few kilobytes, so they are taken at every step."""
+        self._kept = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "skipped": self.skipped,
+            "algorithm": self.algorithm.state(),
+            "random": checkpoint.random_states(),
+        }
+
+    def save(self) -> None:
+        """A checkpoint of the last finished step."""
+        everywhere = self.world.gather([self._kept])
+        if self.world.is_main:
+            learning = {name: p.detach() for name, p in self.algorithm.policy.learning().items()}
+            tree = {"ranks": everywhere, "policy": learning, "optimizer": self.optimizer.state_dict()}
+            tensors, state = checkpoint.pack(tree)
+            checkpoint.save(self.run.checkpoints, self._kept["step"], tensors, state, keep=self.settings.keep)
+        self.world.barrier()
+
+    def _resume(self) -> None:
+        path, skipped = checkpoint.latest(self.run.checkpoints)
+        self.messages += skipped
+        if path is None:
+            self.run.rewind(-1)
+            return
+        tree = checkpoint.unpack(*checkpoint.load(path))
+        learning = self.algorithm.policy.learning()
+        if set(learning) != set(tree["policy"]):
+            raise PlauditError(f"{path} was saved from another model or another set of trained weights.")
+        with torch.no_grad():
+            for name, parameter in learning.items():
+                parameter.copy_(tree["policy"][name])
+        self.optimizer.load_state_dict(tree["optimizer"])
+        mine = tree["ranks"][self.world.rank % len(tree["ranks"])]
+        self.step, self.tokens, self.seconds = mine["step"], mine["tokens"], mine["seconds"]
+        self.skipped, self.seconds_before = mine["skipped"], mine["seconds"]
+        self.algorithm.restore(mine["algorithm"])
+        checkpoint.restore_random_states(mine["random"])
+        self.run.rewind(self.step)
+        self.messages.append(f"goes on from step {self.step}")
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM stop the run at the next point where nothing is half done."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            first, self._signal = not self._signal, number
+            if first and self._interruptible:
+                self._interruptible = False
+                raise Interrupted(number, self.step)
+
+        if threading.current_thread() is not threading.main_thread():  # which alone receives signals
+            yield
+            return
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _optimizer(algorithm: Algorithm, settings: Training) -> torch.optim.Optimizer:
+    """AdamW with float32 state; weight decay on matrices only; the value head may learn at its own rate."""
+    value_rate = getattr(settings, "value_learning_rate", 0.0) or settings.learning_rate
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in algorithm.policy.learning().items():
+        rate = value_rate if name.startswith("value.") else settings.learning_rate
+        groups.setdefault((rate, settings.weight_decay if parameter.dim() > 1 else 0.0), []).append(parameter)
+    described: list[dict[str, Any]] = [
+        {"params": parameters, "lr": rate, "peak": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+    ]
+    fused = algorithm.policy.device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(described, betas=(0.9, settings.adam_beta2), eps=1e-8, fused=fused)

@@ -1,0 +1,218 @@
+"""One process or many: the only file that imports accelerate, and only if a launcher started several processes.
+
+A loss is already divided by the unit count of all ranks, so gradients are to be summed over ranks. DDP, FSDP2 and
+DeepSpeed average them instead; `World.backward` makes up for it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from plaudit.errors import PlauditError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+Number = TypeVar("Number", float, Tensor)
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass
+class World:
+    """The processes of a run. Every method that exchanges something must be called by all ranks, in the same order.
+
+    rank, size  which process this is, of how many
+    lockstep    True if every forward and backward pass is an exchange too (FSDP2, DeepSpeed): all ranks must then run
+                the same number of them, so a rank with fewer micro-batches adds some whose loss is 0 * output.sum().
+                Under DDP the numbers may differ, but every rank must run the last, synchronised one.
+    """
+
+    device: torch.device
+    precision: str = "float32"
+    rank: int = 0
+    size: int = 1
+    accelerator: Accelerator | None = None
+    engine: Any = None  # DeepSpeed's, which owns the optimizer step
+
+    @classmethod
+    def start(cls, precision: str = "float32", device: str | None = None) -> World:
+        """Joins the processes of torchrun or `accelerate launch` if one of them started this one; else stays alone.
+
+        precision: "float32", or "bfloat16" for autocast; the weights stay float32 either way.
+        device: "cuda", "cuda:1", "mps" or "cpu"; None takes the first of these that the machine has.
+        """
+        if precision not in PRECISIONS:
+            raise PlauditError(f"precision: {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}.")
+        chosen = _device(device)
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 and "ACCELERATE_MIXED_PRECISION" not in os.environ:
+            return cls(chosen, precision)
+        accelerator = _accelerator(cpu=chosen.type == "cpu")
+        return cls(accelerator.device, precision, accelerator.process_index, accelerator.num_processes, accelerator)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def sampling_dtype(self) -> torch.dtype | None:
+        """What samplers compute in; None leaves the weights' own type."""
+        return torch.bfloat16 if self.precision == "bfloat16" else None
+
+    @property
+    def lockstep(self) -> bool:
+        return self.accelerator is not None and (self.engine is not None or self.accelerator.is_fsdp2)
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        """The model on its device, wrapped or sharded as the launcher asks; train and clip what this returns.
+
+        All ranks start from rank 0's weights. Call it once: DeepSpeed and FSDP2 take one model.
+        """
+        if self.accelerator is None:
+            return model.to(self.device), optimizer
+        deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if deepspeed is not None:
+            _check_deepspeed(deepspeed)
+        model, optimizer = self.accelerator.prepare(model, optimizer)
+        self.engine = model if deepspeed is not None else None
+        return model, optimizer
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """The model that was given to `prepare`. Under FSDP2 its parameters stay sharded."""
+        unwrapped: nn.Module = model if self.accelerator is None else self.accelerator.unwrap_model(model)
+        return unwrapped
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bfloat16 matrix products inside, if the run asked for them and the device is a CPU or CUDA."""
+        if self.precision == "bfloat16" and self.device.type in ("cpu", "cuda"):
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def synchronised(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward of one micro-batch: DDP exchanges gradients only in the last.
+
+        Sharded models exchange in each, since keeping whole gradients until the last would undo the sharding.
+        """
+        if self.engine is not None:
+            self.engine.set_gradient_accumulation_boundary(is_boundary=last)
+        if last or self.lockstep or self.accelerator is None:
+            return nullcontext()
+        context: AbstractContextManager[Any] = self.accelerator.no_sync(model)
+        return context
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of `loss` (0-d, this rank's part of the global loss), to be summed over ranks."""
+        loss = loss * self.size
+        if self.engine is not None:
+            self.engine.backward(loss)
+        else:
+            loss.backward()
+
+    def clip(self, parameters: Iterable[nn.Parameter], norm: float | None) -> Tensor:
+        """Total norm (0-d) of the summed gradient, before it's scaled down to `norm`; None only measures.
+
+        Under DeepSpeed, which clips inside its own step, this is where the step happens, and the optimizer's does
+        nothing; DeepSpeed itself leaves out a step whose norm isn't finite.
+        """
+        if self.engine is not None:
+            self.engine.optimizer.clip_grad = norm or 0.0
+            self.engine.step()
+            return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.device)
+        trained = [parameter for parameter in parameters if parameter.grad is not None]
+        total = nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+        if norm is not None:
+            nn.utils.clip_grads_with_norm_(trained, norm, total)
+        whole: Tensor = total.full_tensor() if hasattr(total, "full_tensor") else total
+        return whole
+
+    def sum(self, value: Number) -> Number:
+        """The sum over ranks of a number or, element by element, of a tensor of the same shape everywhere."""
+        return self._reduce(value, dist.ReduceOp.SUM)
+
+    def maximum(self, value: Number) -> Number:
+        """The largest over ranks, as `sum`."""
+        return self._reduce(value, dist.ReduceOp.MAX)
+
+    def stop_requested(self, flag: bool) -> bool:
+        """True on every rank if any rank was asked to stop."""
+        return self.maximum(float(flag)) > 0
+
+    def gather(self, objects: list[T]) -> list[T]:
+        """The lists of all ranks, joined in rank order, on every rank. Between the run's own processes only."""
+        if self.size == 1:
+            return list(objects)
+        lists: list[Any] = [None] * self.size
+        dist.all_gather_object(lists, objects)
+        return [item for part in lists for item in part]
+
+    def share(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Leaves the other processes; the last thing a run does."""
+        if self.accelerator is not None:
+            self.accelerator.end_training()
+
+    def _reduce(self, value: Number, operation: Any) -> Number:
+        if self.size == 1:
+            return value.detach() if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            held = torch.tensor(value, dtype=torch.float64, device=self.device)
+            dist.all_reduce(held, operation)
+            return held.item()
+        held = value.detach().to(self.device, copy=True)
+        dist.all_reduce(held, operation)
+        return held
+
+
+def _device(asked: str | None) -> torch.device:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if asked is None:
+        return torch.device(next(name for name, found in available.items() if found))
+    if not available.get(asked.split(":")[0], False):
+        found = ", ".join(name for name, there in available.items() if there)
+        raise PlauditError(f"device: {asked!r} is not to be found on this machine; it has {found}.")
+    return torch.device(asked)
+
+
+def _accelerator(cpu: bool) -> Accelerator:
+    from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+
+    # Heads that a loss leaves out have no gradient, so DDP has to look for them. It must not exchange buffers, because
+    # it would in evaluation too, where ranks may hold different numbers of batches.
+    handler = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[handler])
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise PlauditError("accelerate config: FSDP version 1 is not supported; set fsdp_version: 2.")
+    return accelerator
+
+
+def _check_deepspeed(plugin: Any) -> None:
+    config = plugin.deepspeed_config
+    if plugin.zero_stage == 0:
+        raise PlauditError("DeepSpeed config: ZeRO stage 0 shards nothing; launch without DeepSpeed, or set 1, 2 or 3.")
+    if config.get("gradient_accumulation_steps", "auto") not in ("auto", 1):
+        raise PlauditError(
+            "DeepSpeed config: gradient_accumulation_steps must be 1 or auto; plaudit cuts the batch by tokens itself."
+        )
+    # It only serves DeepSpeed's throughput log: micro-batches here have no fixed number of rows.
+    config["train_micro_batch_size_per_gpu"] = 1
