@@ -1,9 +1,9 @@
 """plaudit: reinforcement learning from human feedback.
 
-    from plaudit import SFT, Reward, PPO, train
+from plaudit import SFT, Reward, PPO, train
 
-    run = train(SFT(model="my-model", data="demonstrations.jsonl"))
-    print(run.final)  # a folder that `from_pretrained` opens
+run = train(SFT(model="my-model", data="demonstrations.jsonl"))
+print(run.final)  # a folder that `from_pretrained` opens
 """
 
 from typing import TYPE_CHECKING, Any

@@ -34,6 +34,7 @@ TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 LARGEST_HEADER = 2**25  # bytes; a model of 100,000 tensors with its optimizer needs about half of it
 VISIBLE = re.compile(r"step-(\d+)")
 SET_ASIDE = re.compile(r"\.step-(\d+)\.old")
+PLAIN = (bool, int, float, str)
 TAG = "$"  # marks what JSON alone can't say: {"$": "tensor", ...}
 
 
@@ -127,7 +128,10 @@ def latest(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors (on the CPU) and the state of a checkpoint; raises PlauditError, naming the file, if it isn't whole."""
+    """The tensors (on the CPU) and the state of a checkpoint.
+
+    Raises PlauditError, naming the file, if one is missing, damaged, swapped, a link, or of another kind.
+    """
     _verify(path)
     try:
         tensors = load_file(path / TENSORS)
@@ -251,6 +255,8 @@ def _separate(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     owners: dict[tuple[Any, ...], str] = {}
     memories: set[int] = set()
     for name, tensor in tensors.items():
+        if hasattr(tensor, "full_tensor"):
+            raise TypeError(f"{name} is one process's part of a sharded tensor; gather it before saving")
         tensor = tensor.detach()
         memory = tensor.untyped_storage().data_ptr()
         view = (tensor.device, memory, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride())
@@ -340,17 +346,14 @@ def _encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
         if all(type(key) is str for key in value) and TAG not in value:
             return dict(items)
         for key in value:
-            _encode(key, f"a key of {place or 'the tree'}", {}) if not isinstance(key, tuple) else _refuse(key, place)
+            if key is not None and type(key) not in PLAIN:
+                raise TypeError(f"{place}: the key {key!r} can't be stored in a checkpoint")
         return {TAG: "dict", "items": items}
     if type(value) in (list, tuple):
         encoded = [_encode(item, f"{place}/{i}", tensors) for i, item in enumerate(value)]
         return encoded if type(value) is list else {TAG: "tuple", "items": encoded}
-    if value is None or type(value) in (bool, int, float, str):
+    if value is None or type(value) in PLAIN:
         return value
-    return _refuse(value, place)
-
-
-def _refuse(value: Any, place: str) -> Any:
     raise TypeError(f"{place}: a {type(value).__name__} can't be stored in a checkpoint")
 
 

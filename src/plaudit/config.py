@@ -123,30 +123,43 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises PlauditError, naming the file and the line, for a file that can't be read or parsed, is not a mapping of
     names, or names something twice.
     """
-    import yaml
-
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
-        content = _loader()(text).get_single_data()
     except OSError as error:
         raise PlauditError(f"{path}: cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise PlauditError(f"{path}:{line}: not valid UTF-8 ({error.reason}).") from None
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise PlauditError(f"{path}:{line}: not valid YAML ({error.reason}).") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise PlauditError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML ({error.problem}).") from None
-    except RecursionError:
-        raise PlauditError(f"{path}: nested too deeply for settings.") from None
+    content = _content(text, str(path))
     if not isinstance(content, dict):
         raise PlauditError(f"{path}: must hold settings, one `name: value` to a line.")
     odd = [key for key in content if not isinstance(key, str)]
     if odd:
         raise PlauditError(f"{path}: the key {odd[0]!r:.60} is not a name; put it in quotes if it is meant as one.")
     return content
+
+
+def parse_value(text: str) -> Any:
+    """One value as a settings file would hold it: `1e-5` is a number, `[a, b]` a list. Raises PlauditError."""
+    try:
+        return _content(text, "value")
+    except PlauditError:
+        raise PlauditError(f"{text!r} is no YAML value: put quotation marks around it.") from None
+
+
+def _content(text: str, where: str) -> Any:
+    import yaml
+
+    try:
+        return _loader()(text).get_single_data()
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise PlauditError(f"{where}:{line}: not valid YAML ({error.reason}).") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise PlauditError(f"{where}:{mark.line + 1 if mark else 1}: not valid YAML ({error.problem}).") from None
+    except RecursionError:
+        raise PlauditError(f"{where}: nested too deeply.") from None
 
 
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
@@ -263,7 +276,8 @@ def _words(cls: type[DataclassInstance], argv: Sequence[str], prog: str) -> tupl
     """The arguments with booleans as bare flags and without `--config`, and the file that it names."""
     hints = _hints(cls)
     names = [field.name for field in fields(cls)]
-    known = {*names, "help", "config", *(f"no_{name}" for name in names if hints[name] is bool)}
+    switches = {name for name in names if hints[name] is bool}
+    known = {*names, "config", "help", *(f"no_{name}" for name in switches)}
     words: list[str] = []
     config = None
     queue = list(argv)
@@ -273,19 +287,22 @@ def _words(cls: type[DataclassInstance], argv: Sequence[str], prog: str) -> tupl
         name = flag.removeprefix("--").replace("-", "_")
         if not word.startswith("--"):
             words.append(word)
-        elif name not in known:
+            continue
+        if name not in known:
             nearest = _nearest(name, [*names, "config"]).replace("_", "-")
             raise PlauditError(f"{prog}: there is no flag {flag}; the nearest is --{nearest}.")
-        elif name == "config":
-            config = value if equals else "".join(queue[:1])
+        if name in switches and (value or "".join(queue[:1])).lower() in ("true", "false"):
+            on = (value or queue.pop(0)).lower() == "true"
+            words.append(flag if on else f"--no-{name.replace('_', '-')}")
+            continue
+        following = value if equals else "".join(queue[:1])
+        if name in {*names, "config"} - switches and not equals and (not queue or following.startswith("--")):
+            raise PlauditError(f"{prog}: {flag} needs a value.")
+        if name == "config":
+            config = following
             del queue[: not equals]
-        elif hints.get(name) is bool and (value or " ".join(queue[:1])).lower() in ("true", "false"):
-            word = value or queue.pop(0)
-            words.append(flag if word.lower() == "true" else f"--no-{name.replace('_', '-')}")
         else:
             words.append(word)
-    if config == "" or (config or "").startswith("--"):
-        raise PlauditError(f"{prog}: --config needs the name of a YAML file.")
     return words, config
 
 
@@ -319,4 +336,4 @@ def _sentence(box: str) -> str:
     lines = [re.sub("\x1b\\[[0-9;]*m", "", line).strip("│╭╮╰╯ ") for line in box.splitlines()[1:]]
     paragraphs = re.split("^[─-]+$", "\n".join(lines), flags=re.MULTILINE)
     first = next((" ".join(part.split()) for part in paragraphs if part.strip()), "not understood")
-    return first.partition(" Got errors")[0].rstrip(".")
+    return first.partition(" Got errors")[0].rstrip(". ")

@@ -6,7 +6,6 @@ from typing import Any
 
 from plaudit import checks, config, machine, sources
 from plaudit.recipes import describe, load_records
-from plaudit.settings import verb_of
 from plaudit.settings.common import Training
 from plaudit.settings.policy_gradient import OnPolicy
 
@@ -18,7 +17,7 @@ def explain(settings: Any) -> None:
 
     settings = config.check(settings)
     console = Console(soft_wrap=True)
-    table = Table("setting", "value", title=f"plaudit {verb_of(settings)}", title_justify="left")
+    table = Table("setting", "value", title=f"plaudit {config.verb_of(type(settings))}", title_justify="left")
     for name, value in config.to_mapping(settings).items():
         table.add_row(name, str(value))
     console.print(table)

@@ -43,6 +43,7 @@ class Progressing:
 
     def __init__(self, title: str) -> None:
         self.title = title
+        self.figures: dict[str, float] = {}  # some come with every rollout only: the last known is shown
 
     def begin(self, trainer: Trainer) -> None:
         if not trainer.world.is_main:
@@ -56,9 +57,12 @@ class Progressing:
             return
         self._tell(trainer)
         rate = f"{trainer.tokens / max(trainer.seconds, 1e-9):,.0f} tokens/s"
-        figures = brief(trainer.figures)
+        self.figures |= trainer.figures
+        figures = brief(self.figures)
         self.bar.update(self.task, completed=trainer.step, rate=rate, figures=figures)
-        if not console.is_terminal and (trainer.step % max(trainer.steps // 10, 1) == 0 or trainer.step == trainer.steps):
+        if not console.is_terminal and (
+            trainer.step % max(trainer.steps // 10, 1) == 0 or trainer.step == trainer.steps
+        ):
             left = (trainer.steps - trainer.step) * trainer.seconds / trainer.step
             console.print(f"{self.title} {trainer.step}/{trainer.steps}  {rate}  {left:.0f} s left  {figures}")
 
@@ -109,8 +113,10 @@ class Tracker:
         if kind == "tensorboard":
             self.client = library.SummaryWriter(str(folder / "tensorboard"))
         else:
-            self.client = library.init(project="plaudit", name=folder.name, dir=str(folder)) if kind == "wandb" else (
-                library.init(project="plaudit", name=folder.name)
+            self.client = (
+                library.init(project="plaudit", name=folder.name, dir=str(folder))
+                if kind == "wandb"
+                else (library.init(project="plaudit", name=folder.name))
             )
 
     def log(self, step: int, figures: dict[str, float]) -> None:
@@ -129,7 +135,8 @@ class Evaluating:
     """Held-out figures before the first step, every so many steps, and after the last."""
 
     def begin(self, trainer: Trainer) -> None:
-        if trainer.step == 0:
+        # A run that was killed between its last step and its end still owes its last figures.
+        if trainer.step == trainer.steps or (trainer.step == 0 and trainer.algorithm.evaluates_first):
             self._evaluate(trainer)
 
     def after_step(self, trainer: Trainer) -> None:

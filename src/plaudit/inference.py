@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from plaudit import checks, config, data, machine, sources
 from plaudit.errors import PlauditError
-from plaudit.records import Prompt
 from plaudit.recipes import asked_of, listed, start_world
+from plaudit.records import Prompt
 from plaudit.run import Run, write_atomically
 from plaudit.settings import Evaluate, Sample
 
@@ -92,8 +92,7 @@ def _limits(settings: Any, template: Template, **filters: Any) -> Sampling:
 
 
 def _compare(settings: Evaluate, named: dict[str, str], reference: str, prompts: list[Prompt], run: Run) -> None:
-    from plaudit import comparing
-    from plaudit import hooks
+    from plaudit import comparing, hooks
     from plaudit.rewards import load_rewards
 
     started = time.perf_counter()
@@ -109,7 +108,14 @@ def _compare(settings: Evaluate, named: dict[str, str], reference: str, prompts:
             own, _ = (policy, template) if folder == reference else _load(folder, world, settings.temperature)
             limits = _limits(settings, template)
             batch, texts = comparing.answer(
-                own, asked, template, limits, world, seed=settings.seed, rows=settings.rows, advance=partial(bar.advance, task)
+                own,
+                asked,
+                template,
+                limits,
+                world,
+                seed=settings.seed,
+                rows=settings.rows,
+                advance=partial(bar.advance, task),
             )
             logprobs = comparing.total_logprobs(own, batch, world, 4096)
             kept = comparing.total_logprobs(policy, batch, world, 4096)
@@ -138,7 +144,15 @@ def _compare(settings: Evaluate, named: dict[str, str], reference: str, prompts:
 
 
 def _answers(
-    asked: list[Asked], batch: Any, texts: list[str], logprobs: Any, kept: Any, *, rewards: Any, judge: Any, world: World
+    asked: list[Asked],
+    batch: Any,
+    texts: list[str],
+    logprobs: Any,
+    kept: Any,
+    *,
+    rewards: Any,
+    judge: Any,
+    world: World,
 ) -> Answers:
     from plaudit.algorithms.on_policy import score
     from plaudit.comparing import Answers
@@ -181,7 +195,12 @@ def _write_samples(settings: Sample, policy: Policy, template: Template, world: 
             drawn = sampler.sample([a.ids for a in part], limits, settings.n, generator)
             repeated = [a for a in part for _ in range(settings.n)]
             for a, ids, cut in zip(repeated, drawn.completions, drawn.truncated, strict=True):
-                row = {**a.record.columns, "prompt": a.record.prompt, "completion": template.decode(ids), "truncated": cut}
+                row = {
+                    **a.record.columns,
+                    "prompt": a.record.prompt,
+                    "completion": template.decode(ids),
+                    "truncated": cut,
+                }
                 lines.append(json.dumps(row, ensure_ascii=False))
             bar.advance(task, len(part))
     path = Path(settings.output)

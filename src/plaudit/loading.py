@@ -23,10 +23,18 @@ from plaudit.policy import Policy
 _VALUE_HEAD = "value_head.safetensors"
 
 
+def _without_bars() -> None:
+    """plaudit shows one progress bar, its own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model, with an end token. Raises PlauditError if it has none."""
     from transformers import AutoTokenizer
 
+    _without_bars()
     check_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)

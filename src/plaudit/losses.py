@@ -53,12 +53,12 @@ def all_pairs(scores: Tensor, preference: Tensor, weight: Tensor, noise: float =
     """`bradley_terry` over all pairs i < j of K scores: scores (K,), preference (K, K), weight (K, K).
 
     preference[i, j] says how far i is preferred to j; weight[i, j] is 0 for what was not compared. Only what lies
-    above the diagonal is read. The unit is a weight. Ouyang et al. 2022 (arXiv:2203.02155), eq. 1, where all pairs
-    of a prompt share one unit: weight 1 / (k choose 2).
+    above the diagonal is read, and a preference only where its weight is not 0. The unit is a weight. Ouyang et al.
+    2022 (arXiv:2203.02155), eq. 1, where all pairs of a prompt share one unit: weight 1 / (k choose 2).
     """
     lead = scores[:, None] - scores[None, :]
     share = weight.to(lead.dtype).triu(1)
-    preferred = preference.to(lead.dtype)
+    preferred = torch.where(share != 0, preference.to(lead.dtype), torch.zeros_like(lead))
     # The log-probability that j beats i stands at (j, i): one matrix serves both sides of every pair.
     sides = share * preferred + (share * (1 - preferred)).t()
     return -(sides * _log_preferred(lead, noise)).sum(), _agreement(lead, preferred, share)
@@ -135,7 +135,7 @@ def clipped_value(
     Statistics: value_clip_fraction (actions that the clip leaves without a gradient).
     """
     old, target = old_values.detach(), returns.detach()
-    free = (values - target).square()
-    held = (old + (values - old).clamp(-clip, clip) - target).square()
-    clipped = masked_sum((held > free).to(values.dtype).detach(), actions)
-    return 0.5 * masked_sum(torch.maximum(free, held), actions), {"value_clip_fraction": clipped}
+    nothing = torch.zeros_like(values)
+    free = torch.where(actions, values - target, nothing).square()
+    held = torch.where(actions, old + (values - old).clamp(-clip, clip) - target, nothing).square()
+    return 0.5 * torch.maximum(free, held).sum(), {"value_clip_fraction": (held > free).sum().to(values.dtype)}

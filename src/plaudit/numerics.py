@@ -186,7 +186,9 @@ class _Projection:
     def empty(self) -> Tensor:
         return self.hidden.new_empty(self.hidden.shape[0], dtype=_wide(self.hidden))
 
-    def chunks(self, chosen: Tensor, entropy: Tensor | None, pulls: tuple[Tensor, ...]) -> Iterator[tuple[slice, Any]]:
+    def chunks(
+        self, chosen: Tensor, entropy: Tensor | None, pulls: tuple[Tensor, ...]
+    ) -> Iterator[tuple[slice, Tensor]]:
         """Fills chosen and entropy (N,) and yields, chunk by chunk, rows and what is left of their products: with
         pulls, see `_Softmax.block`, the gradient to them."""
         count, size = self.hidden.shape[0], self.softmax.chunk
@@ -230,7 +232,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return chosen, entropy
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, to_chosen: Tensor, to_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.softmax.direct:
             (direction,) = ctx.saved_tensors

@@ -26,7 +26,9 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, dict[st
     file = config.read_yaml(path)
     unknown = sorted(set(file) - {"output", "stages"})
     if unknown or not isinstance(file.get("stages"), dict):
-        raise PlauditError(f"{path}: a pipeline has `output` and `stages`" + (f", not {unknown[0]!r}." if unknown else "."))
+        raise PlauditError(
+            f"{path}: a pipeline has `output` and `stages`" + (f", not {unknown[0]!r}." if unknown else ".")
+        )
     stages = {name: dict(values or {}) for name, values in file["stages"].items()}
     for override in overrides:
         _override(file, stages, override)

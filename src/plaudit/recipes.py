@@ -6,14 +6,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plaudit import checks, config, data, machine, sources
 from plaudit.errors import PlauditError
 from plaudit.records import Comparison, Demonstration, Loaded, Prompt, Ranking, Rating
 from plaudit.run import Run
-from plaudit.settings import PPO, SFT, Evaluate, Reward, verb_of
+from plaudit.settings import PPO, SFT, Reward
 from plaudit.settings.common import Common, Training
 
 if TYPE_CHECKING:
@@ -41,7 +40,9 @@ def train(settings: Training) -> Run:
     settings = dataclasses.replace(settings, model=sources.resolve(settings.model))
     checks.check_model(settings.model)
     loaded = load_records(settings)
-    with Run.open(settings.output, {"verb": verb_of(settings), **dataclasses.asdict(settings)}, FREE) as run:
+    with Run.open(
+        settings.output, {"verb": config.verb_of(type(settings)), **dataclasses.asdict(settings)}, FREE
+    ) as run:
         if run.finished:
             _say(f"{run.folder}: already complete.")
             return run
@@ -58,7 +59,7 @@ def _fit(settings: Training, loaded: Data, run: Run) -> None:
     started = time.perf_counter()
     world = start_world(settings)
     algorithm, tokenizer = _BUILDERS[type(settings)](settings, world, loaded)
-    named = verb_of(settings)
+    named = config.verb_of(type(settings))
     trainer = Trainer(
         run, world, settings, [hooks.Evaluating(), hooks.Logging(), hooks.Progressing(named), hooks.Saving()]
     )
@@ -97,11 +98,12 @@ def load_records(settings: Training) -> Data:
     kind = {SFT: Demonstration, PPO: Prompt}.get(type(settings)) or _judgement_kind(settings)
     loaded = data.load(settings.data, kind, settings.split)
     if settings.eval_data is not None:
-        return Data(loaded.records, data.load(settings.eval_data, kind, settings.split).records, _left_out(loaded))
-    training, held = data.hold_out(loaded.records, settings.holdout, lambda record: record.prompt)
+        training, held = loaded.records, data.load(settings.eval_data, kind, settings.split).records
+    else:
+        training, held = data.hold_out(loaded.records, settings.holdout, lambda record: record.prompt)
     if not training:
         raise PlauditError(f"data: nothing is left to train on with holdout {settings.holdout}: lower it.")
-    return Data(training, held, _left_out(loaded))
+    return Data(training, held[: settings.eval_limit], _left_out(loaded))
 
 
 def _judgement_kind(settings: Training) -> type[Any]:
@@ -285,7 +287,7 @@ def _sft_summary(algorithm: Algorithm, run: Run) -> dict[str, Any]:
 
 
 def _reward_summary(algorithm: Any, run: Run) -> dict[str, Any]:
-    return algorithm.report() if algorithm.held else {}
+    return algorithm.found
 
 
 def _ppo_summary(algorithm: Algorithm, run: Run) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from itertools import chain, combinations
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from plaudit.config import plain
 from plaudit.errors import PlauditError
 from plaudit.rows import Row, kind_of
 from plaudit.rows import Text as Text
@@ -382,7 +383,7 @@ def demonstration_of(comparison: Comparison) -> Demonstration:
 def to_row(record: Record) -> dict[str, Any]:
     """The record as one flat row that `parse` reads back; a column named like a field gives way to it."""
     names = {"ranking": "ranks"}
-    fields = {key: getattr(record, names.get(key, key)) for key in _KEYS[type(record)]}
+    fields = {key: plain(getattr(record, names.get(key, key))) for key in _KEYS[type(record)]}
     columns = {name: value for name, value in record.columns.items() if name not in fields}
     return {name: value for name, value in fields.items() if name != "margin" or value is not None} | columns
 

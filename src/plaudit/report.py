@@ -1,98 +1,78 @@
 """`write(folder)`: a run, or a pipeline of runs, as one HTML page that needs nothing but itself.
 
-Colours are CSS variables, also inside the plots, so that one page reads well in light, dark and print.
+Colours are CSS variables, inside the plots too, so that one page reads well in light, in dark and on paper.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from plaudit.errors import PlauditError
-
-Row = Mapping[str, Any]
-Points = tuple[list[float], list[float]]
+from plaudit.outcome import (
+    Stage,
+    capitalised,
+    cards,
+    change,
+    costs,
+    figure,
+    flat,
+    headline,
+    interval,
+    is_number,
+    label,
+    model_name,
+    number,
+    plain,
+    read,
+)
+from plaudit.run import write_atomically
 
 SAMPLES = 10
-LONGEST_TEXT = 2_000  # characters of a sample that are shown
 MOST_POINTS = 300  # of a curve that are drawn, so that a long run's page stays small
 
-STAGES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO", "evaluate": "Evaluation"}
-
-# In the order in which they are shown; what is not named here follows under its own name.
+# Title and unit, in the order in which they are shown; what is not named here follows under its own name.
 METRICS = {
     "loss": ("Loss", ""),
     "nll": ("Loss", "nats per token"),
     "accuracy": ("Accuracy", "share of pairs"),
-    "score": ("Score", "mean of the batch"),
-    "score_mean": ("Score", "mean of the batch"),
-    "reward": ("Reward", "mean of the batch"),
+    "score": ("Score", "mean of the rollout"),
     "judge": ("Judge", "mean"),
     "kl": ("KL to the reference", "nats per completion"),
-    "kl_coefficient": ("KL coefficient", ""),
     "entropy": ("Entropy", "nats per token"),
+    "clip_fraction": ("Clipped", "share of tokens"),
     "value_loss": ("Value loss", ""),
     "policy_loss": ("Policy loss", ""),
-    "ratio": ("Probability ratio", "new over old policy"),
-    "clip_fraction": ("Clipped", "share of tokens"),
-    "completion_length": ("Completion length", "tokens"),
-    "length": ("Completion length", "tokens"),
+    "ratio": ("Probability ratio", "new policy over old"),
+    "completion_tokens": ("Completion length", "tokens"),
+    "truncated": ("Truncated", "share of completions"),
+    "kl_coefficient": ("KL coefficient", ""),
+    "calibration_error": ("Calibration error", ""),
     "gradient_norm": ("Gradient norm", ""),
     "learning_rate": ("Learning rate", ""),
 }
 
-FACTS = {
-    "seconds": "time",
-    "peak_memory_mb": "peak memory",
-    "tokens_per_second": "tokens per second",
-    "nll_before": "held-out loss before",
-    "nll_after": "held-out loss after",
-    "accuracy": "held-out accuracy",
-    "accuracy_one_rater": "one human rater",
-    "kl": "KL, nats",
-    "positive_share": "positive",
-    "distinct_2": "distinct-2",
-}
-SHARES = re.compile(r"accuracy|_share$|^win_rate")
-BESIDE_TABLE = {"win_rate", "win_rate_low", "win_rate_high", "prompts"}  # shown with the table of models, not as facts
+# Stand-ins that `draw` turns into CSS variables, of which matplotlib knows nothing.
+INK, MUTED, RULE, BEFORE, AFTER = (f"#0a0b0{digit}" for digit in "12345")
+VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", BEFORE: "before", AFTER: "after"}
 
-# Stand-ins that `_draw` turns into CSS variables: matplotlib itself knows no variables.
-INK, MUTED, RULE, BEFORE, AFTER, THIRD = (f"#0a0b0{digit}" for digit in "123456")
-VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", BEFORE: "before", AFTER: "after", THIRD: "third"}
+COST = ("seconds", "peak_memory_mb", "tokens_per_second")
 
+# A curve is of training, of held-out data, or the mark that a person sets.
+PARTS = [("training", BEFORE), ("held out", AFTER), ("one human", INK)]
 
-@dataclass
-class Stage:
-    """One run folder as read: `facts` are its figures from summary.json."""
-
-    name: str
-    config: dict[str, Any] = field(default_factory=dict)
-    metrics: list[Row] = field(default_factory=list)
-    samples: list[Row] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def title(self) -> str:
-        return STAGES.get(self.name, _words(self.name))
-
-    @property
-    def models(self) -> dict[str, dict[str, float]]:
-        """The rows of an evaluation's table: the facts that are themselves figures by name."""
-        return {
-            name: fact
-            for name, fact in self.facts.items()
-            if isinstance(fact, dict) and fact and all(_is_number(value) for value in fact.values())
-        }
+Points = tuple[list[float], list[float]]
 
 
 @dataclass(frozen=True)
 class Figure:
+    """A plot with its caption; `ends` are (name, "first → last") of its curves."""
+
     title: str
     note: str
     svg: str
@@ -109,287 +89,315 @@ def write(folder: Path) -> Path:
     folder = Path(folder)
     stages = read(folder)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters.update(number=number, figure=figure, label=_label, model=_model)
-    template = environment.from_string(Path(__file__).with_suffix(".html").read_text("utf-8"))
-    page = template.render(
+    environment.filters.update(number=number, figure=figure, label=label, model_name=model_name, plain=plain)
+    page = environment.from_string(Path(__file__).with_suffix(".html").read_text("utf-8")).render(
         title=folder.resolve().name,
         headline=headline(stages),
-        cards=_cards(stages),
-        costs=_costs(stages),
+        cards=cards(stages),
+        costs=costs(stages),
         outcomes=[_outcome(stage, stages) for stage in stages if stage.models],
-        stages=[_section(stage) for stage in stages],
+        stages=[section for stage in stages if (section := _section(stage))],
     )
-    path = folder / "report.html"
-    path.write_text(page, "utf-8")
-    return path
+    write_atomically(folder / "report.html", page)
+    return folder / "report.html"
 
 
-# ---- reading ----------------------------------------------------------------------------------------------------
-
-
-def read(folder: Path) -> list[Stage]:
-    """The stages of a pipeline folder in their order, or a run folder as its only stage."""
-    summary = _json(folder / "summary.json")
-    if "stages" in summary:
-        return [_read_run(folder / name, name, _stage_facts(summary, name)) for name in summary["stages"]]
-    if not summary and not any((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
-        raise PlauditError(
-            f"{folder} is not a run: it has no summary.json, config.yaml or metrics.jsonl. "
-            "Give the folder that plaudit wrote the run into."
-        )
-    stage = _read_run(folder, folder.resolve().name, {})
-    stage.name = str(stage.config.get("algorithm", stage.name))
-    return [stage]
-
-
-def _stage_facts(summary: dict[str, Any], name: str) -> dict[str, Any]:
-    stages = summary["stages"]
-    costs = stages[name] if isinstance(stages, dict) else {}
-    return {**costs, **summary.get(name, {})}
-
-
-def _read_run(folder: Path, name: str, facts: dict[str, Any]) -> Stage:
-    # A run that went back to its last checkpoint did some steps twice: the later row is the one that counts.
-    metrics = {row["step"]: row for row in _lines(folder / "metrics.jsonl") if _is_number(row.get("step"))}
-    return Stage(
-        name=name,
-        config=_yaml(folder / "config.yaml"),
-        metrics=[metrics[step] for step in sorted(metrics)],
-        samples=_lines(folder / "samples.jsonl"),
-        facts={**_json(folder / "summary.json"), **facts},
-    )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise PlauditError(f"{path} is not valid JSON ({error}); remove it and run again.") from None
-    if not isinstance(content, dict):
-        raise PlauditError(f"{path} holds no object of figures; remove it and run again.")
-    return content
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    rows = []
-    lines = path.read_text("utf-8").split("\n")
-    for place, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line) if line.strip() else {})
-        except ValueError as error:
-            if place == len(lines):  # no newline yet: the run is still writing it, or was killed as it did
-                break
-            raise PlauditError(f"{path}, line {place} is not valid JSON ({error}); remove that line.") from None
-    return [row for row in rows if isinstance(row, dict) and row]
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    if not path.is_file():
-        return {}
-    try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        raise PlauditError(f"{path} is not valid YAML ({error}); remove it and run again.") from None
-    return content if isinstance(content, dict) else {}
-
-
-# ---- words and figures ------------------------------------------------------------------------------------------
-
-
-def number(value: Any, decimals: int | None = None) -> str:
-    """Three significant digits (or so many decimals), thousands separated, a true minus sign; a dash for no number."""
-    if not _is_number(value):
-        return "–"
-    size = abs(value)
-    if decimals is None and 0 < size < 1e-3:
-        mantissa, exponent = f"{value:.2g}".split("e") if size < 1e-4 else (f"{value * 1e4:.2g}", "-4")
-        text = f"{mantissa}×10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    elif decimals is None:
-        places = 0 if float(value).is_integer() or size >= 100 else 2 - math.floor(math.log10(size))
-        text = f"{value:,.{places}f}"
-    else:
-        text = f"{value:,.{decimals}f}"
-        text = text.lstrip("-") if not float(text.replace(",", "")) else text
-    return text.replace("-", "−")
-
-
-def percent(value: Any) -> str:
-    return f"{100 * value:.1f}%" if _is_number(value) else "–"
-
-
-def duration(seconds: float) -> str:
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{number(seconds, 1 if seconds < 10 else 0)} s"
-
-
-def figure(value: Any, name: str) -> str:
-    """`value` in the unit that `name` tells."""
-    if not _is_number(value):
-        return "–"
-    if name == "seconds":
-        return duration(value)
-    if name == "peak_memory_mb":
-        return f"{value / 1000:.1f} GB" if value >= 1000 else f"{value:.0f} MB"
-    if name == "tokens_per_second":
-        return number(value, 0 if value >= 10 else 1)
-    return percent(value) if SHARES.search(name) else number(value)
-
-
-def _change(before: float, after: float, decimals: int | None = None) -> str:
-    text = number(after - before, decimals)
-    return text if text.startswith("−") or not text.strip("0.") else f"+{text}"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _words(name: str) -> str:
-    words = name.replace("_", " ").replace("/", " ").strip()
-    return words[:1].upper() + words[1:]
-
-
-def _label(name: str) -> str:
-    return FACTS.get(name, name.replace("_", " "))
-
-
-def _model(name: str) -> str:
-    return name.upper() if len(name) <= 4 else name
-
-
-def _plain(text: Any) -> str:
-    """A text, or a conversation as lines "role: content"."""
-    if isinstance(text, list):
-        text = "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in text if isinstance(turn, dict)) + "\n"
-    text = str(text)
-    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"
-
-
-# ---- what is said first -----------------------------------------------------------------------------------------
-
-
-def headline(stages: Sequence[Stage]) -> str:
-    """The outcome in one sentence, from the last stage that has one to tell."""
-    for stage in reversed(stages):
-        for sentence in (_evaluated(stage), _agreed(stage), _fitted(stage), _scored(stage)):
-            if sentence:
-                return sentence
-    steps = max((stage.metrics[-1]["step"] for stage in stages if stage.metrics), default=0)
-    return f"{stages[-1].title if stages else 'Nothing'} has run for {number(steps)} steps."
-
-
-def _moved(before: float, after: float, decimals: int = 2) -> str:
-    verb = "rose" if after > before else "fell" if after < before else "stayed"
-    return f"{verb} from {number(before, decimals)} to {number(after, decimals)}"
-
-
-def _evaluated(stage: Stage) -> str:
-    models, parts = stage.models, []
-    if len(models) < 2:
-        return ""
+def _outcome(stage: Stage, stages: Sequence[Stage]) -> dict[str, Any]:
+    """An evaluation: its table, win rate, plots and samples."""
+    models = stage.models
+    columns = list(dict.fromkeys(name for row in models.values() for name in row))
     first, last = list(models)[0], list(models)[-1]
-    before, after = models[first].get("judge"), models[last].get("judge")
-    if before is not None and after is not None:
-        parts.append(f"the judge’s mean {_moved(before, after)}")
-    if _is_number(stage.facts.get("win_rate")):
-        against = f"{_model(last)} won {percent(stage.facts['win_rate'])} of {_prompts(stage)} against {_model(first)}"
-        parts.append(against + _interval(stage))
-    sentence = ", and ".join(parts)
-    return f"{sentence[:1].upper()}{sentence[1:]}." if sentence else ""
+    moves = {
+        name: _percent_points(name, models[first][name], models[last][name])
+        for name in columns
+        if is_number(models[first].get(name)) and is_number(models[last].get(name))
+    }
+    figures = [*_histograms(stage), *(plot for other in stages for plot in _frontier(other, stage))]
+    rows = [row for row in stage.samples if all(name in row for name in models)]
+    return {
+        "models": models,
+        "columns": columns,
+        "moves": moves if len(models) == 2 else {},
+        "win": stage.facts if stage.has("win_rate", "win_rate_low", "win_rate_high") else None,
+        "interval": interval(stage),
+        "figures": figures,
+        "samples": [_side_by_side(row, list(models)) for row in rows[:SAMPLES]],
+        "stage": stage,
+    }
 
 
-def _prompts(stage: Stage) -> str:
-    prompts = stage.facts.get("prompts")
-    return f"{number(prompts)} held-out prompts" if _is_number(prompts) else "held-out prompts"
+def _percent_points(name: str, before: float, after: float) -> str:
+    if figure(before, name).endswith("%"):
+        return change(100 * before, 100 * after, 1)
+    return change(before, after, 3 if max(abs(before), abs(after)) < 1 else 2)
 
 
-def _interval(stage: Stage) -> str:
-    low, high = stage.facts.get("win_rate_low"), stage.facts.get("win_rate_high")
-    if not (_is_number(low) and _is_number(high)):
-        return ""
-    doubt = ", which chance alone could give" if low <= 0.5 <= high else ""
-    return f" (95% interval {100 * low:.1f}–{percent(high)}{doubt})"
-
-
-def _agreed(stage: Stage) -> str:
-    if not _is_number(stage.facts.get("accuracy")):
-        return ""
-    rater = stage.facts.get("accuracy_one_rater")
-    beside = f"; one human rater is on {percent(rater)}" if _is_number(rater) else ""
-    return f"The reward model is right on {percent(stage.facts['accuracy'])} of held-out pairs{beside}."
-
-
-def _fitted(stage: Stage) -> str:
-    before, after = stage.facts.get("nll_before"), stage.facts.get("nll_after")
-    moved = _is_number(before) and _is_number(after)
-    return f"Held-out loss {_moved(before, after)} nats per token." if moved else ""
-
-
-def _scored(stage: Stage) -> str:
-    for name in ("score", "score_mean", "reward"):
-        values = _points(stage.metrics, name)[1]
-        if len(values) > 1:
-            steps = number(stage.metrics[-1]["step"])
-            return f"The score {_moved(values[0], values[-1])} in {steps} steps."
-    return ""
-
-
-def _cards(stages: Sequence[Stage]) -> list[tuple[str, str, str]]:
-    """(label, figure, note) of what matters most."""
-    cards = [card for stage in stages for card in _outcome_cards(stage)]
-    for stage in stages:
-        if _is_number(stage.facts.get("accuracy")):
-            rater = stage.facts.get("accuracy_one_rater")
-            note = f"one human rater {percent(rater)}" if _is_number(rater) else "of held-out pairs"
-            cards.append(("Reward model accuracy", percent(stage.facts["accuracy"]), note))
-        if all(_is_number(stage.facts.get(name)) for name in ("nll_before", "nll_after")):
-            before, after = stage.facts["nll_before"], stage.facts["nll_after"]
-            cards.append(("Held-out loss", f"{before:.2f} → {after:.2f}", "nats per token"))
-    seconds, memory = _costed(stages, "seconds"), _costed(stages, "peak_memory_mb")
-    if seconds:
-        note = f"{figure(max(memory), 'peak_memory_mb')} of memory at most" if memory else ""
-        cards.append(("Time", duration(sum(seconds)), note))
-    return cards
-
-
-def _outcome_cards(stage: Stage) -> list[tuple[str, str, str]]:
-    cards, models = [], list(stage.models.values())
-    if _is_number(stage.facts.get("win_rate")):
-        interval = _interval(stage).split("(")[-1].split(",")[0].rstrip(")")
-        cards.append(("Win rate", percent(stage.facts["win_rate"]), interval))
-    if len(models) < 2:
-        return cards
-    for name, title, form in (("judge", "Judge’s mean", lambda x: number(x, 2)), ("positive_share", "Positive", _round)):
-        if name in models[0] and name in models[-1]:
-            before, after = models[0][name], models[-1][name]
-            change = _change(100 * before, 100 * after, 0) + " points" if form is _round else _change(before, after, 2)
-            cards.append((title, f"{form(before)} → {form(after)}", change))
-    if "kl" in models[-1]:
-        cards.append(("KL", number(models[-1]["kl"], 2), "nats per completion"))
-    return cards
-
-
-def _round(share: float) -> str:
-    return f"{100 * share:.0f}%"
-
-
-def _costed(stages: Iterable[Stage], name: str) -> list[float]:
-    return [stage.facts[name] for stage in stages if _is_number(stage.facts.get(name))]
-
-
-def _costs(stages: Sequence[Stage]) -> list[dict[str, Any]]:
-    total = sum(_costed(stages, "seconds"))
-    if len(stages) < 2 or not total:
-        return []
+def _side_by_side(row: dict[str, Any], models: Sequence[str]) -> list[dict[str, Any]]:
     return [
-        {"title": stage.title, "share": 100 * stage.facts.get("seconds", 0) / total, "facts": stage.facts}
-        for stage in stages
+        {
+            "title": model_name(name),
+            "prompt": row.get("prompt", ""),
+            "text": row[name],
+            "scores": {kind: row.get(f"{name}_{kind}") for kind in ("judge", "reward") if f"{name}_{kind}" in row},
+        }
+        for name in models
     ]
+
+
+def _section(stage: Stage) -> dict[str, Any] | None:
+    """A stage's own part of the page; None if it cost time and nothing more is known."""
+    facts = {name: value for name, value in stage.facts.items() if is_number(value)}
+    if stage.models:  # said in the outcome
+        facts = {name: value for name, value in facts.items() if name in COST}
+    figures = [*_curves(stage), *_reliability(stage)]
+    if not (facts.keys() - COST or figures or stage.config or stage.samples):
+        return None
+    return {
+        "name": stage.name,
+        "title": stage.title,
+        "facts": facts,
+        "figures": figures,
+        "settings": flat(stage.config),
+        "samples": _training_samples(stage),
+    }
+
+
+def _training_samples(stage: Stage) -> list[list[dict[str, Any]]]:
+    """What was said at the first and at the last step that kept samples, side by side."""
+    rows = [row for row in stage.samples if "completion" in row]
+    steps = sorted({row["step"] for row in rows})
+    sides = [
+        [
+            {
+                "title": f"step {step:,}",
+                "prompt": row.get("prompt", ""),
+                "text": row["completion"],
+                "scores": {"score": row["score"]} if "score" in row else {},
+            }
+            for row in rows
+            if row["step"] == step
+        ][:SAMPLES]
+        for step in dict.fromkeys((*steps[:1], *steps[-1:]))
+    ]
+    return [[side[place] for side in sides if place < len(side)] for place in range(max(map(len, sides), default=0))]
+
+
+# ---- plots ------------------------------------------------------------------------------------------------------
+
+
+def draw(height: int, right: int, paint: Callable[[Any], None]) -> str:
+    """What `paint` does to matplotlib axes, 340 by `height` units with `right` units for labels, as inline SVG."""
+    from markupsafe import Markup
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure as Canvas
+
+    settings = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "plaudit",
+        "text.parse_math": False,
+        "font.size": 10,
+        "text.color": INK,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "grid.color": RULE,
+        "grid.linewidth": 0.7,
+        "axes.edgecolor": RULE,
+        "axes.linewidth": 0.7,
+        "axes.axisbelow": True,
+        "lines.solid_capstyle": "round",
+    }
+    with rc_context(settings):
+        canvas = Canvas(figsize=(340 / 72, height / 72))
+        axes = canvas.add_axes((40 / 340, 24 / height, (300 - right) / 340, (height - 34) / height))
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(length=0, pad=5)
+        axes.grid(axis="y")
+        paint(axes)
+        file = StringIO()
+        canvas.savefig(
+            file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
+    return Markup(_inlined(file.getvalue()))
+
+
+def _inlined(svg: str) -> str:
+    """Only the <svg> element, without namespaces, ids that nothing refers to, and a size and a font of its own."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<!--.*?-->|<style.*?</style>|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<svg[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
+    used = set(re.findall(r"#([\w.-]+)", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
+    svg = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 sans-serif", svg)
+    for colour, name in VARIABLES.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    return re.sub(r"\n\s*", "\n", svg)
+
+
+def _ticks(axes: Any, name: str, most: int = 5) -> None:
+    """Few round ticks with as many decimals as they need."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis = getattr(axes, f"{name}axis")
+    low, high = axis.get_view_interval()
+    ticks = [tick for tick in MaxNLocator(most, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= tick <= high]
+    gap = ticks[1] - ticks[0] if len(ticks) > 1 else high - low
+    decimals = max(0, -math.floor(math.log10(gap) + 1e-9))
+    axis.set_ticks(ticks, [number(float(tick), decimals) if decimals < 4 else _short(tick) for tick in ticks])
+
+
+def _short(value: float) -> str:
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return "0" if not float(mantissa) else f"{mantissa.removesuffix('.0')}e{int(exponent)}".replace("-", "−")
+
+
+def _curves(stage: Stage) -> list[Figure]:
+    """One plot per metric; what was held out, and what a person reaches, lie in the plot of what was trained."""
+    names = [name for name in dict.fromkeys(name for row in stage.metrics for name in row) if name != "step"]
+    names = [name for name in names if len(stage.points(name)[0]) > 1 and not name.startswith("time/")]
+    panels: dict[str, list[str]] = {name: [] for name in METRICS}
+    for name in sorted(names, key=_part):
+        base = name.removeprefix("heldout_").removesuffix("_one_rater")
+        base = "loss" if base == "nll" and "loss" in names else base
+        panels.setdefault(base, []).append(name)
+    return [_curve(base, {name: stage.points(name) for name in each}) for base, each in panels.items() if each]
+
+
+def _part(name: str) -> int:
+    return 2 if name.endswith("_one_rater") else 1 if name.startswith("heldout_") else 0
+
+
+def _curve(base: str, series: dict[str, Points]) -> Figure:
+    title, note = METRICS.get(base, (capitalised(base), ""))
+    alone = len(series) == 1
+    lines = {name: _calmed(points) for name, points in series.items()}
+
+    def paint(axes: Any) -> None:
+        labels = []
+        for name, points in series.items():
+            colour = AFTER if alone else PARTS[_part(name)][1]
+            steps, values = lines[name]
+            if lines[name] is not points:
+                every = math.ceil(len(points[0]) / MOST_POINTS)
+                axes.scatter(points[0][::every], points[1][::every], s=6, color=colour, alpha=0.4, linewidths=0)
+            few = "o" if len(steps) <= 12 and _part(name) < 2 else None
+            axes.plot(steps, values, color=colour, linewidth=1.8, marker=few, markersize=3.5)
+            labels.append((values[-1], PARTS[_part(name)][0], colour))
+        axes.margins(x=0.02, y=0.08)
+        _ticks(axes, "y")
+        _ticks(axes, "x")
+        if not alone:
+            _label_ends(axes, sorted(labels))
+
+    ends = [
+        ("" if alone else PARTS[_part(name)][0], f"{number(values[0])} → {number(values[-1])}")
+        for name, (_, values) in lines.items()
+        if _part(name) < 2
+    ]
+    return Figure(title, note, draw(190, 8 if alone else 60, paint), ends)
+
+
+def _label_ends(axes: Any, labels: list[tuple[float, str, str]]) -> None:
+    """Names each curve, lowest first, where it ends; pushed up where the one below is too near."""
+    low, high = axes.get_ylim()
+    floor = -1.0
+    for value, name, colour in labels:
+        floor = max((value - low) / (high - low), floor + 0.09)
+        axes.text(1.02, floor, name, transform=axes.transAxes, color=colour, va="center")
+
+
+def _calmed(points: Points) -> Points:
+    """The points themselves where they are calm, and otherwise their local mean."""
+    values = points[1]
+    rises = [after > before for before, after in pairwise(values)]
+    turns = sum(before != after for before, after in pairwise(rises))
+    return points if len(values) < 12 or turns < len(values) / 4 else _smoothed(points)
+
+
+def _smoothed(points: Points) -> Points:
+    """The mean near each of up to 160 places, weighted by a Gaussian over steps."""
+    import numpy as np
+
+    steps, values = np.asarray(points[0], float), np.asarray(points[1], float)
+    places = np.linspace(steps[0], steps[-1], min(len(steps), 160))
+    width = (steps[-1] - steps[0]) * max(0.05, 2 / len(steps))
+    weights = np.exp(-0.5 * ((places[:, None] - steps) / width) ** 2)
+    return places.tolist(), ((weights @ values) / weights.sum(1)).tolist()
+
+
+def _reliability(stage: Stage) -> list[Figure]:
+    rows = stage.facts.get("reliability")
+    if not rows:
+        return []
+    most = max(row["count"] for row in rows)
+    predicted, observed = [row["confidence"] for row in rows], [row["observed"] for row in rows]
+
+    def paint(axes: Any) -> None:
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, dashes=(3, 3))
+        axes.plot(predicted, observed, color=AFTER, linewidth=1.4)
+        axes.scatter(predicted, observed, s=[10 + 90 * row["count"] / most for row in rows], color=AFTER, linewidths=0)
+        axes.set(xlim=(0, 1), ylim=(0, 1))
+        _ticks(axes, "x")
+        _ticks(axes, "y")
+        axes.text(0.97, 0.04, "dashed: as sure as people are", ha="right", color=MUTED)
+
+    error = stage.facts.get("calibration_error")
+    ends = [("calibration error", number(error))] if is_number(error) else []
+    return [Figure("Reliability", "observed over predicted", draw(244, 8, paint), ends)]
+
+
+def _histograms(stage: Stage) -> list[Figure]:
+    """How the reward is distributed for each model, one above the other on one axis."""
+    import numpy as np
+
+    found = stage.facts.get("histograms") or {}
+    values = {name: [x for x in rewards if is_number(x)] for name, rewards in found.items()}
+    values = {name: rewards for name, rewards in values.items() if rewards}
+    if not values:
+        return []
+    edges = np.histogram_bin_edges([x for rewards in values.values() for x in rewards], 32)
+    counts = {name: np.histogram(rewards, edges)[0] / len(rewards) for name, rewards in values.items()}
+    tallest = max(count.max() for count in counts.values())
+
+    def paint(axes: Any) -> None:
+        for place, (name, count) in enumerate(reversed(counts.items())):
+            colour, mean = (AFTER if place == 0 else BEFORE), float(np.mean(values[name]))
+            floor = 1.35 * place
+            axes.stairs(
+                count / tallest + floor, edges, baseline=floor, fill=True, color=colour, alpha=0.35, linewidth=0
+            )
+            axes.stairs(count / tallest + floor, edges, baseline=floor, color=colour, linewidth=1.2)
+            axes.plot([mean, mean], [floor, floor + 1.08], color=INK, linewidth=1.2)
+            axes.text(mean, floor + 1.11, f"{model_name(name)}, mean {number(mean, 2)}", ha="center", color=INK)
+        axes.set(ylim=(0, 1.35 * len(counts)))
+        axes.set_yticks([])
+        _ticks(axes, "x")
+
+    height = 34 + 105 * len(counts)
+    return [Figure("Reward", "of each completion", draw(height, 8, paint))]
+
+
+def _frontier(stage: Stage, outcome: Stage) -> list[Figure]:
+    """What was gained for how far the policy went: the judge where it was asked in training, else the score."""
+    rows = [row for row in stage.metrics if is_number(row.get("kl"))]
+    name = next((name for name in ("judge", "score") if sum(is_number(row.get(name)) for row in rows) > 2), None)
+    if name is None:
+        return []
+    rows = [row for row in rows if is_number(row.get(name))]
+    steps = [row["step"] for row in rows]
+    raw = [[row[each] for row in rows] for each in ("kl", name)]
+    path = [_smoothed((steps, values))[1] if len(rows) >= 12 else values for values in raw]
+    judged = "judge" if name == "judge" else "reward"
+    points = {m: (f.get("kl"), f.get(judged)) for m, f in outcome.models.items() if is_number(f.get(judged))}
+
+    def paint(axes: Any) -> None:
+        axes.scatter(*raw, s=7, color=AFTER, alpha=0.45, linewidths=0)
+        axes.plot(*path, color=AFTER, linewidth=1.8)
+        for model, (kl, value) in points.items():
+            axes.scatter([kl or 0.0], [value], s=34, color=INK, linewidths=0, zorder=3)
+            axes.annotate(model_name(model), (kl or 0.0, value), xytext=(6, -4), textcoords="offset points", va="top")
+        axes.margins(x=0.08, y=0.12)
+        _ticks(axes, "x")
+        _ticks(axes, "y")
+
+    title = "Judge against KL" if name == "judge" else "Score against KL"
+    return [Figure(title, "nats per completion", draw(244, 8, paint))]

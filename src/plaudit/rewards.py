@@ -34,7 +34,8 @@ def load_function(spec: str, folder: Path | None = None) -> Callable[..., Any]:
         if path is None:
             raise PlauditError(f"reward {spec!r}: there is no file {place!r}.")
         module_spec = importlib.util.spec_from_file_location(f"plaudit_user_{path.stem}", path)
-        assert module_spec is not None and module_spec.loader is not None
+        assert module_spec is not None
+        assert module_spec.loader is not None
         module = importlib.util.module_from_spec(module_spec)
         module_spec.loader.exec_module(module)
     else:

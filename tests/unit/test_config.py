@@ -21,6 +21,7 @@ from plaudit.config import (
     dump_yaml,
     from_arguments,
     from_mapping,
+    parse_value,
     plain,
     read_yaml,
     to_mapping,
@@ -239,6 +240,18 @@ def test_wrong_yaml_is_named_with_its_line(tmp_path, content, said):
     assert str(caught.value).startswith(f"{tmp_path / 'f.yaml'}{said}")
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-5", 1e-5), ("3", 3), ("x", "x"), ("", None), ("[a, 2]", ["a", 2]), ("true", True), ("{output}/sft", ...)],
+)
+def test_a_value_is_read_as_in_a_file(text, value):
+    if value is ...:
+        with pytest.raises(PlauditError, match=r"^'\{output\}/sft' is no YAML value: put quotation"):
+            parse_value(text)
+    else:
+        assert repr(parse_value(text)) == repr(value)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(PlauditError, match=r"none\.yaml: cannot be read \(No such file"):
         read_yaml(tmp_path / "none.yaml")
@@ -373,20 +386,21 @@ def test_several_files_are_one_flag():
         (("--confg", "x"), "the nearest is --config."),
         (("--learning-rate", "fast"), "Error parsing --learning-rate: could not convert string to float: 'fast'; see"),
         (("--learning-rate", "-1"), "`learning_rate` is -1.0, but must be greater than 0."),
-        (("--learning-rate",), "Missing value for argument '--learning-rate'"),
+        (("--learning-rate",), "plaudit tune: --learning-rate needs a value."),
         (("--steps", "x"), "Error parsing --steps: "),
         (("--schedule", "cosine"), "invalid choice 'cosine' for argument '--schedule'"),
         (("--dry-run", "perhaps"), "Unrecognized options: perhaps; see plaudit tune --help."),
         (("--warmup", "0", "--reserve", "3"), "`reserve` counts from the warm-up, but `warmup` is 0."),
-        (("--config",), "--config needs the name of a YAML file."),
-        (("--config=", "--steps", "1"), "--config needs the name of a YAML file."),
-        (("--config", "--steps", "1"), "--config needs the name of a YAML file."),
+        (("--data", "--steps", "1"), "--data needs a value."),
+        (("--weights",), "--weights needs a value."),
+        (("--config",), "--config needs a value."),
+        (("--config=", "--steps", "1"), "cannot be read (Is a directory)"),
+        (("--config", "--steps", "1"), "--config needs a value."),
     ],
 )
 def test_wrong_flags_are_refused_in_a_sentence(words, said, capsys):
     with pytest.raises(PlauditError) as caught:
         arguments(*GIVEN, *words)
-    assert str(caught.value).startswith("plaudit tune: ")
     assert said in str(caught.value)
     assert capsys.readouterr() == ("", "")
 

@@ -545,6 +545,13 @@ def test_records_come_back_from_a_file_as_they_were(tmp_path_factory, records, s
     assert load(path, type(records[0])) == Loaded(records, {})
 
 
+def test_rows_are_made_of_what_json_is_made_of():
+    assert to_row(Rating("p", "c", (0.5,), {"id": 1})) == {"prompt": "p", "completion": "c", "ratings": [0.5], "id": 1}
+    ranking = {"prompt": "p", "completions": ["a", "b"], "ranking": [2, 1]}
+    assert to_row(Ranking("p", ("a", "b"), (2, 1))) == ranking
+    assert one(ranking, Ranking) == Ranking("p", ("a", "b"), (2, 1))
+
+
 def test_writing_is_readable_and_the_same_every_time(tmp_path):
     comparison = Comparison("é", "c", "r", columns={"id": 1, "margin": 3, "prompt": "lost"})
     write(tmp_path / "new" / "a.jsonl", [comparison])

@@ -92,8 +92,14 @@ def test_closing_twice_closes_no_stranger(tmp_path):
     stranger = os.open(tmp_path / "config.yaml", os.O_RDONLY)
     run.close()
     os.close(stranger)  # raises if `run` closed it
-    with Run.open(tmp_path, SETTINGS), pytest.raises(PlauditError, match="in use"):
-        Run.open(tmp_path, SETTINGS)
+
+
+def test_a_refused_second_opening_leaves_no_file_open(tmp_path):
+    with Run.open(tmp_path, SETTINGS):
+        before = os.listdir("/proc/self/fd")
+        with pytest.raises(PlauditError, match="in use"):
+            Run.open(tmp_path, SETTINGS)
+        assert os.listdir("/proc/self/fd") == before
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

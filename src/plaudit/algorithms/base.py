@@ -27,6 +27,9 @@ class Algorithm:
     shown     samples for people to read, written with the next step
     """
 
+    evaluates_first = True
+    """Whether held-out figures mean something before the first step."""
+
     policy: Policy
     model: nn.Module
     steps: int

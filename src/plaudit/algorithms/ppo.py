@@ -32,7 +32,9 @@ class ProximalPolicyOptimisation(OnPolicyAlgorithm):
     def advantages(self, batch: Batch) -> Batch:
         settings, actions = self.settings, batch.actions
         own = self.over(batch, lambda part: self.policy(part, values=True))
-        assert own.logprobs is not None and own.values is not None and batch.logprobs is not None
+        assert own.logprobs is not None
+        assert own.values is not None
+        assert batch.logprobs is not None
         reference = own.logprobs
         if settings.kl or settings.kl_target:
             with self.policy.as_reference():

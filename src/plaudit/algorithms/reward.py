@@ -32,13 +32,16 @@ class Judged:
 
 
 class RewardModelling(FromData):
-    """What the three ways of judging have in common."""
+    """What the three ways of judging have in common. `found` is what the last evaluation reported."""
+
+    evaluates_first = False
 
     def __init__(self, settings: Reward, world: World, policy: Policy, data: list[Judged], held: list[Judged]) -> None:
         super().__init__(policy, world, settings.tokens_per_pass)
         self.settings, self.data, self.held = settings, data, held
         self.order = Order(len(data), settings.batch_size, settings.seed)
         self.steps = settings.steps or self.order.steps(settings.epochs)
+        self.found: dict[str, Any] = {}
 
     def collate(self, indices: list[int]) -> Batch:
         chosen = [self.data[i] for i in indices]
@@ -73,8 +76,8 @@ class RewardModelling(FromData):
     def evaluate(self) -> dict[str, float]:
         if not self.held:
             return {}
-        figures = self.report()
-        return {f"heldout_{name}": value for name, value in figures.items() if isinstance(value, float)}
+        self.found = self.report()
+        return {f"heldout_{name}": value for name, value in self.found.items() if isinstance(value, float)}
 
     def report(self) -> dict[str, Any]:
         """Held-out accuracy and calibration, with the reliability table that a report draws."""

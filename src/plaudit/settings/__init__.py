@@ -18,9 +18,4 @@ VERBS: dict[str, type] = {
 """The verbs that take settings, in the order in which a newcomer meets them."""
 
 
-def verb_of(settings: object) -> str:
-    """The verb whose settings these are."""
-    return next(verb for verb, kind in VERBS.items() if kind is type(settings))
-
-
-__all__ = ["PPO", "SFT", "VERBS", "Evaluate", "Pull", "Reward", "Sample", "verb_of"]
+__all__ = ["PPO", "SFT", "VERBS", "Evaluate", "Pull", "Reward", "Sample"]

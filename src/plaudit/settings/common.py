@@ -47,6 +47,8 @@ class Training(Common):
     """Held-out data; without it, `holdout` of the data is kept back."""
     holdout: Share = 0.05
     """Share of the prompts that is held out when there is no `eval_data`."""
+    eval_limit: Count = 512
+    """At most so many held-out rows are looked at."""
     batch_size: Count = 64
     """Rows (or pairs) that one optimizer step sees, over all processes."""
     tokens_per_pass: Count = 4096
@@ -76,7 +78,7 @@ class Training(Common):
     log_every: Count = 1
     """Steps between two lines of metrics."""
     evaluate_every: CountOrNone = 0
-    """Steps between two evaluations; 0 evaluates before the first and after the last step."""
+    """Steps between two evaluations; 0 evaluates at the beginning, where that says something, and at the end."""
     save_every: CountOrNone = 50
     """Steps between two checkpoints; 0 saves only when the run is interrupted."""
     keep: Count = 1

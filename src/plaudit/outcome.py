@@ -1,0 +1,344 @@
+"""A run folder as read, and what it says in words and figures: the report's text."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from plaudit.config import read_yaml
+from plaudit.errors import PlauditError
+from plaudit.run import read_lines
+
+LONGEST_TEXT = 2_000  # characters of a sample that are shown
+
+TITLES = {
+    "pull": "Data",
+    "sft": "Supervised fine-tuning",
+    "reward": "Reward model",
+    "ppo": "PPO",
+    "evaluate": "Evaluation",
+}
+
+# What summary.json calls a figure, as a reader would. What is not named here is shown under its own name.
+FACTS = {
+    "seconds": "time",
+    "peak_memory_mb": "peak memory",
+    "tokens_per_second": "tokens per second",
+    "nll_before": "held-out loss before",
+    "nll_after": "held-out loss after",
+    "accuracy": "held-out accuracy",
+    "accuracy_one_rater": "one human rater",
+    "pairs": "held-out pairs",
+    "kl": "KL, nats",
+    "positive_share": "positive",
+    "distinct_2": "distinct-2",
+    "completion_tokens": "tokens",
+}
+ACRONYMS = set(["sft", "ppo", "dpo", "ipo", "kto", "cpo", "bco", "orpo", "grpo", "rloo", "vpg", "ilql"])
+SHARES = re.compile(r"accuracy|_share$|^win_rate")
+COMPARED = {"win_rate", "win_rate_low", "win_rate_high", "p_value", "prompts"}  # said once, beside the table of models
+
+
+@dataclass
+class Stage:
+    """One run folder as read: `facts` are its figures from summary.json."""
+
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        return TITLES.get(self.name, capitalised(model_name(self.name)))
+
+    @property
+    def models(self) -> dict[str, dict[str, float | None]]:
+        """What an evaluation found of each model: the facts that are themselves figures by name."""
+        return {
+            name: {figure: value for figure, value in fact.items() if figure not in COMPARED}
+            for name, fact in self.facts.items()
+            if isinstance(fact, dict) and fact and all(value is None or is_number(value) for value in fact.values())
+        }
+
+    def points(self, name: str) -> tuple[list[float], list[float]]:
+        """Steps and values of a metric, where it is a number."""
+        rows = [row for row in self.metrics if is_number(row.get(name))]
+        return [row["step"] for row in rows], [row[name] for row in rows]
+
+    def has(self, *names: str) -> bool:
+        return all(is_number(self.facts.get(name)) for name in names)
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+
+def read(folder: Path) -> list[Stage]:
+    """The stages of a pipeline folder in their order, or a run folder as its only stage.
+
+    Raises PlauditError if `folder` is neither, or if one of its files can't be read.
+    """
+    summary = _summary(folder / "summary.json")
+    if "stages" in summary:
+        costs = summary["stages"]
+        return [_run(folder / name, name, {**costs[name], **summary.get(name, {})}) for name in costs]
+    if not summary and not any((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
+        raise PlauditError(
+            f"{folder} is not a run: it has no summary.json, config.yaml or metrics.jsonl; "
+            "give the folder that a run was written into."
+        )
+    stage = _run(folder, folder.resolve().name, {})
+    stage.name = str(stage.config.get("verb", stage.name))
+    return [stage]
+
+
+def _run(folder: Path, name: str, facts: dict[str, Any]) -> Stage:
+    config = folder / "config.yaml"
+    return Stage(
+        name=name,
+        config=read_yaml(config) if config.is_file() else {},
+        metrics=read_lines(folder / "metrics.jsonl"),
+        samples=read_lines(folder / "samples.jsonl"),
+        facts={**_summary(folder / "summary.json"), **facts},
+    )
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise PlauditError(f"{path} is not valid JSON ({error}); remove it and run again.") from None
+    if not isinstance(content, dict):
+        raise PlauditError(f"{path} holds no figures by name; remove it and run again.")
+    return content
+
+
+# ---- words and figures ------------------------------------------------------------------------------------------
+
+
+def number(value: Any, decimals: int | None = None) -> str:
+    """Three significant digits (or so many decimals), thousands separated, a true minus sign; a dash for no number."""
+    if not is_number(value):
+        return "–"
+    size = abs(value)
+    if decimals is None and 0 < size < 1e-3:
+        mantissa, exponent = f"{value:.2g}".split("e") if size < 1e-4 else (f"{value * 1e4:.2g}", "-4")
+        text = f"{mantissa}×10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    elif decimals is None:
+        places = 0 if float(value).is_integer() or size >= 100 else 2 - math.floor(math.log10(size))
+        text = f"{value:,.{places}f}"
+    else:
+        text = f"{value:,.{decimals}f}"
+        text = text.lstrip("-") if not float(text.replace(",", "")) else text
+    return text.replace("-", "−")
+
+
+def percent(value: Any) -> str:
+    return f"{100 * value:.1f}%" if is_number(value) else "–"
+
+
+def duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{number(seconds, 1 if seconds < 10 else 0)} s"
+
+
+def figure(value: Any, name: str) -> str:
+    """`value` in the unit that `name` tells."""
+    if not is_number(value):
+        return "–"
+    if name == "seconds":
+        return duration(value)
+    if name == "peak_memory_mb":
+        return f"{value / 1000:.1f} GB" if value >= 1000 else f"{value:.0f} MB"
+    if name == "tokens_per_second":
+        return number(value, 0 if value >= 10 else 1)
+    return percent(value) if SHARES.search(name) else number(value)
+
+
+def change(before: float, after: float, decimals: int | None = None) -> str:
+    text = number(after - before, decimals)
+    return text if text.startswith("−") or not text.strip("0.") else f"+{text}"
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def capitalised(name: str) -> str:
+    words = name.replace("_", " ").replace("/", " ").strip()
+    return words[:1].upper() + words[1:]
+
+
+def label(name: str) -> str:
+    return FACTS.get(name, name.replace("_", " "))
+
+
+def model_name(name: str) -> str:
+    return name.upper() if name in ACRONYMS else name
+
+
+def plain(text: Any) -> str:
+    """A text, or a conversation as lines "role: content"."""
+    if isinstance(text, list):
+        text = "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in text if isinstance(turn, dict)) + "\n"
+    text = str(text)
+    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Settings as (dotted name, text)."""
+    pairs: list[tuple[str, str]] = []
+    for name, value in settings.items():
+        if isinstance(value, dict) and value:
+            pairs += flat(value, f"{prefix}{name}.")
+        else:
+            pairs.append((f"{prefix}{name}", _setting(value)))
+    return pairs
+
+
+def _setting(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "–", True: "yes", False: "no"}[value]
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"
+
+
+# ---- what is said first -----------------------------------------------------------------------------------------
+
+
+def headline(stages: Sequence[Stage]) -> str:
+    """The outcome in one sentence, from the last stage that has one to tell."""
+    for stage in reversed(stages):
+        for sentence in (_evaluated(stage), _agreed(stage), _fitted(stage), _scored(stage)):
+            if sentence:
+                return sentence
+    steps = max((stage.metrics[-1]["step"] for stage in stages if stage.metrics), default=0)
+    return f"{steps:,} steps so far, and no outcome yet."
+
+
+def _moved(before: float, after: float) -> str:
+    first, last = number(before, 2), number(after, 2)
+    if first == last:
+        return f"stayed at {first}"
+    return f"{'rose' if after > before else 'fell'} from {first} to {last}"
+
+
+def _evaluated(stage: Stage) -> str:
+    models, facts, parts = stage.models, stage.facts, []
+    if len(models) < 2:
+        return ""
+    (first, before), *_, (last, after) = models.items()
+    if is_number(before.get("judge")) and is_number(after.get("judge")):
+        parts.append(f"the judge’s mean {_moved(before['judge'], after['judge'])}")
+    if stage.has("win_rate"):
+        prompts = f" on {facts['prompts']:,} prompts" if stage.has("prompts") else ""
+        rate = f"{model_name(last)}’s win rate over {model_name(first)}{prompts} is {percent(facts['win_rate'])}"
+        parts.append(f"{rate} ({interval(stage)})" if interval(stage) else rate)
+    sentence = ", and ".join(parts)
+    return f"{sentence[0].upper()}{sentence[1:]}.{_doubt(stage)}" if sentence else ""
+
+
+def interval(stage: Stage) -> str:
+    """The 95 % interval of the win rate, if there is one."""
+    if not stage.has("win_rate_low", "win_rate_high"):
+        return ""
+    return f"95% interval {100 * stage.facts['win_rate_low']:.1f}–{percent(stage.facts['win_rate_high'])}"
+
+
+def _doubt(stage: Stage) -> str:
+    if (
+        stage.has("win_rate_low", "win_rate_high")
+        and stage.facts["win_rate_low"] <= 0.5 <= stage.facts["win_rate_high"]
+    ):
+        return " Chance alone could give that win rate."
+    return ""
+
+
+def _agreed(stage: Stage) -> str:
+    if not stage.has("accuracy"):
+        return ""
+    rater = percent(stage.facts["accuracy_one_rater"]) if stage.has("accuracy_one_rater") else ""
+    beside = f"; one human rater, on {rater}" if rater else ""
+    return f"The reward model is right on {percent(stage.facts['accuracy'])} of held-out pairs{beside}."
+
+
+def _fitted(stage: Stage) -> str:
+    if not stage.has("nll_before", "nll_after"):
+        return ""
+    return f"The held-out loss {_moved(stage.facts['nll_before'], stage.facts['nll_after'])} nats per token."
+
+
+def _scored(stage: Stage) -> str:
+    steps, values = stage.points("score")
+    if len(values) < 2:
+        return ""
+    # One batch's score says little: a tenth of the run at either end says more.
+    part = max(1, len(values) // 10)
+    return f"The score {_moved(sum(values[:part]) / part, sum(values[-part:]) / part)} in {steps[-1]:,} steps."
+
+
+def cards(stages: Sequence[Stage]) -> list[tuple[str, str, str]]:
+    """(label, figure, note) of what matters most."""
+    found = [card for stage in stages for card in (*_compared(stage), *_learned(stage))]
+    seconds, memory = _costed(stages, "seconds"), _costed(stages, "peak_memory_mb")
+    if seconds:
+        note = f"{figure(max(memory), 'peak_memory_mb')} of memory at most" if memory else ""
+        found.append(("Time", duration(sum(seconds)), note))
+    # What was compared is the outcome, whichever stage it was.
+    return sorted(found, key=lambda card: card[0] not in ("Win rate", "Judge’s mean", "Positive", "KL"))
+
+
+def _compared(stage: Stage) -> list[tuple[str, str, str]]:
+    if len(stage.models) < 2:
+        return []
+    found = [("Win rate", percent(stage.facts["win_rate"]), interval(stage))] if stage.has("win_rate") else []
+    before, *_, after = stage.models.values()
+
+    def both(name: str) -> tuple[float, float] | None:
+        first, last = before.get(name), after.get(name)
+        return (first, last) if first is not None and last is not None else None
+
+    if judge := both("judge"):
+        found.append(("Judge’s mean", f"{number(judge[0], 2)} → {number(judge[1], 2)}", change(*judge, 2)))
+    if positive := both("positive_share"):
+        first, last = (100 * share for share in positive)
+        found.append(("Positive", f"{first:.0f}% → {last:.0f}%", f"{change(first, last, 0)} points"))
+    if (kl := after.get("kl")) is not None:
+        found.append(("KL", number(kl, 2), "nats per completion"))
+    return found
+
+
+def _learned(stage: Stage) -> list[tuple[str, str, str]]:
+    found = []
+    if stage.has("accuracy"):
+        rater = (
+            f"one human rater {percent(stage.facts['accuracy_one_rater'])}" if stage.has("accuracy_one_rater") else ""
+        )
+        found.append(("Reward model accuracy", percent(stage.facts["accuracy"]), rater or "of held-out pairs"))
+    if stage.has("nll_before", "nll_after"):
+        first, last = (number(stage.facts[name], 2) for name in ("nll_before", "nll_after"))
+        found.append(("Held-out loss", f"{first} → {last}", "nats per token"))
+    return found
+
+
+def _costed(stages: Iterable[Stage], name: str) -> list[float]:
+    return [stage.facts[name] for stage in stages if stage.has(name)]
+
+
+def costs(stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """Where a pipeline's time went: title, share in percent and facts of each stage."""
+    total = sum(_costed(stages, "seconds"))
+    if len(stages) < 2 or not total:
+        return []
+    timed = [stage for stage in stages if stage.has("seconds")]
+    return [{"title": s.title, "share": 100 * s.facts["seconds"] / total, "facts": s.facts} for s in timed]
