@@ -72,7 +72,7 @@ class Batch:
         if len(self) == 0:
             return []
         _, counts = torch.unique_consecutive(self.groups, return_counts=True)
-        return list(torch.arange(len(self), device=self.tokens.device).split(counts.tolist()))
+        return list(torch.split(torch.arange(len(self), device=self.tokens.device), counts.tolist()))
 
     def shuffled(self, generator: torch.Generator) -> Batch:
         """The groups in random order; rows inside a group keep theirs."""

@@ -38,11 +38,12 @@ def explain(settings: Any) -> None:
 def _arithmetic(settings: Training, rows: int) -> list[str]:
     if isinstance(settings, OnPolicy):
         reuse = getattr(settings, "reuse", 1)
+        rollouts = max(1, round(settings.epochs * rows * settings.group / settings.rollout))
         updates = settings.rollout // settings.batch_size * reuse
         return [
-            f"{rows} prompts; a rollout is {settings.rollout} completions of {settings.rollout // settings.group} prompts.",
+            f"{rows} prompts; a rollout is {settings.rollout} completions, {settings.group} of each prompt.",
             f"Each rollout is learned from in {updates} steps of {settings.batch_size} completions.",
-            f"{settings.steps or max(1, round(settings.epochs * rows * settings.group / settings.rollout)) * updates} steps.",
+            f"{settings.steps or rollouts * updates} steps.",
         ]
     steps = settings.steps or max(1, round(settings.epochs * rows / settings.batch_size))
     seen = steps * settings.batch_size / rows

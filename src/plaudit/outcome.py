@@ -8,12 +8,13 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from plaudit.config import read_yaml
 from plaudit.errors import PlauditError
 from plaudit.run import read_lines
 
+SAMPLES = 10
 LONGEST_TEXT = 2_000  # characters of a sample that are shown
 
 TITLES = {
@@ -23,6 +24,8 @@ TITLES = {
     "ppo": "PPO",
     "evaluate": "Evaluation",
 }
+
+MINUS, DASH, TIMES, APOSTROPHE = "\N{MINUS SIGN}\N{EN DASH}\N{MULTIPLICATION SIGN}\N{RIGHT SINGLE QUOTATION MARK}"
 
 # What summary.json calls a figure, as a reader would. What is not named here is shown under its own name.
 FACTS = {
@@ -39,7 +42,7 @@ FACTS = {
     "distinct_2": "distinct-2",
     "completion_tokens": "tokens",
 }
-ACRONYMS = set(["sft", "ppo", "dpo", "ipo", "kto", "cpo", "bco", "orpo", "grpo", "rloo", "vpg", "ilql"])
+ACRONYMS = {"sft", "ppo", "dpo", "ipo", "kto", "cpo", "bco", "orpo", "grpo", "rloo", "vpg", "ilql"}
 SHARES = re.compile(r"accuracy|_share$|^win_rate")
 COMPARED = {"win_rate", "win_rate_low", "win_rate_high", "p_value", "prompts"}  # said once, beside the table of models
 
@@ -127,22 +130,22 @@ def _summary(path: Path) -> dict[str, Any]:
 def number(value: Any, decimals: int | None = None) -> str:
     """Three significant digits (or so many decimals), thousands separated, a true minus sign; a dash for no number."""
     if not is_number(value):
-        return "–"
+        return DASH
     size = abs(value)
     if decimals is None and 0 < size < 1e-3:
         mantissa, exponent = f"{value:.2g}".split("e") if size < 1e-4 else (f"{value * 1e4:.2g}", "-4")
-        text = f"{mantissa}×10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        text = f"{mantissa}{TIMES}10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     elif decimals is None:
         places = 0 if float(value).is_integer() or size >= 100 else 2 - math.floor(math.log10(size))
         text = f"{value:,.{places}f}"
     else:
         text = f"{value:,.{decimals}f}"
         text = text.lstrip("-") if not float(text.replace(",", "")) else text
-    return text.replace("-", "−")
+    return text.replace("-", MINUS)
 
 
 def percent(value: Any) -> str:
-    return f"{100 * value:.1f}%" if is_number(value) else "–"
+    return f"{100 * value:.1f}%" if is_number(value) else DASH
 
 
 def duration(seconds: float) -> str:
@@ -155,7 +158,7 @@ def duration(seconds: float) -> str:
 def figure(value: Any, name: str) -> str:
     """`value` in the unit that `name` tells."""
     if not is_number(value):
-        return "–"
+        return DASH
     if name == "seconds":
         return duration(value)
     if name == "peak_memory_mb":
@@ -167,10 +170,10 @@ def figure(value: Any, name: str) -> str:
 
 def change(before: float, after: float, decimals: int | None = None) -> str:
     text = number(after - before, decimals)
-    return text if text.startswith("−") or not text.strip("0.") else f"+{text}"
+    return text if text.startswith(MINUS) or not text.strip("0.") else f"+{text}"
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -208,9 +211,47 @@ def flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 def _setting(value: Any) -> str:
     if value is None or isinstance(value, bool):
-        return {None: "–", True: "yes", False: "no"}[value]
+        return {None: DASH, True: "yes", False: "no"}[value]
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"
+
+
+def compared_samples(stage: Stage) -> list[list[dict[str, Any]]]:
+    """What each model of an evaluation said to the same prompt, side by side."""
+    models = list(stage.models)
+    rows = [row for row in stage.samples if all(name in row for name in models)]
+    return [
+        [
+            {
+                "title": model_name(name),
+                "prompt": row.get("prompt", ""),
+                "text": row[name],
+                "scores": {kind: row.get(f"{name}_{kind}") for kind in ("judge", "reward") if f"{name}_{kind}" in row},
+            }
+            for name in models
+        ]
+        for row in rows[:SAMPLES]
+    ]
+
+
+def training_samples(stage: Stage) -> list[list[dict[str, Any]]]:
+    """What was said at the first and at the last step that kept samples, side by side."""
+    rows = [row for row in stage.samples if "completion" in row]
+    steps = sorted({row["step"] for row in rows})
+    sides = [
+        [
+            {
+                "title": f"step {step:,}",
+                "prompt": row.get("prompt", ""),
+                "text": row["completion"],
+                "scores": {"score": row["score"]} if "score" in row else {},
+            }
+            for row in rows
+            if row["step"] == step
+        ][:SAMPLES]
+        for step in dict.fromkeys((*steps[:1], *steps[-1:]))
+    ]
+    return [[side[place] for side in sides if place < len(side)] for place in range(max(map(len, sides), default=0))]
 
 
 # ---- what is said first -----------------------------------------------------------------------------------------
@@ -221,7 +262,7 @@ def headline(stages: Sequence[Stage]) -> str:
     for stage in reversed(stages):
         for sentence in (_evaluated(stage), _agreed(stage), _fitted(stage), _scored(stage)):
             if sentence:
-                return sentence
+                return sentence.replace("'", APOSTROPHE)
     steps = max((stage.metrics[-1]["step"] for stage in stages if stage.metrics), default=0)
     return f"{steps:,} steps so far, and no outcome yet."
 
@@ -238,11 +279,12 @@ def _evaluated(stage: Stage) -> str:
     if len(models) < 2:
         return ""
     (first, before), *_, (last, after) = models.items()
-    if is_number(before.get("judge")) and is_number(after.get("judge")):
-        parts.append(f"the judge’s mean {_moved(before['judge'], after['judge'])}")
+    judge = before.get("judge"), after.get("judge")
+    if judge[0] is not None and judge[1] is not None:
+        parts.append(f"the judge's mean {_moved(judge[0], judge[1])}")
     if stage.has("win_rate"):
         prompts = f" on {facts['prompts']:,} prompts" if stage.has("prompts") else ""
-        rate = f"{model_name(last)}’s win rate over {model_name(first)}{prompts} is {percent(facts['win_rate'])}"
+        rate = f"{model_name(last)}'s win rate over {model_name(first)}{prompts} is {percent(facts['win_rate'])}"
         parts.append(f"{rate} ({interval(stage)})" if interval(stage) else rate)
     sentence = ", and ".join(parts)
     return f"{sentence[0].upper()}{sentence[1:]}.{_doubt(stage)}" if sentence else ""
@@ -252,7 +294,7 @@ def interval(stage: Stage) -> str:
     """The 95 % interval of the win rate, if there is one."""
     if not stage.has("win_rate_low", "win_rate_high"):
         return ""
-    return f"95% interval {100 * stage.facts['win_rate_low']:.1f}–{percent(stage.facts['win_rate_high'])}"
+    return f"95% interval {100 * stage.facts['win_rate_low']:.1f}{DASH}{percent(stage.facts['win_rate_high'])}"
 
 
 def _doubt(stage: Stage) -> str:
@@ -295,7 +337,7 @@ def cards(stages: Sequence[Stage]) -> list[tuple[str, str, str]]:
         note = f"{figure(max(memory), 'peak_memory_mb')} of memory at most" if memory else ""
         found.append(("Time", duration(sum(seconds)), note))
     # What was compared is the outcome, whichever stage it was.
-    return sorted(found, key=lambda card: card[0] not in ("Win rate", "Judge’s mean", "Positive", "KL"))
+    return sorted(found, key=lambda card: card[0] not in ("Win rate", "Judge", "Positive", "KL"))
 
 
 def _compared(stage: Stage) -> list[tuple[str, str, str]]:
@@ -309,7 +351,7 @@ def _compared(stage: Stage) -> list[tuple[str, str, str]]:
         return (first, last) if first is not None and last is not None else None
 
     if judge := both("judge"):
-        found.append(("Judge’s mean", f"{number(judge[0], 2)} → {number(judge[1], 2)}", change(*judge, 2)))
+        found.append(("Judge", f"{number(judge[0], 2)} → {number(judge[1], 2)}", change(*judge, 2)))
     if positive := both("positive_share"):
         first, last = (100 * share for share in positive)
         found.append(("Positive", f"{first:.0f}% → {last:.0f}%", f"{change(first, last, 0)} points"))

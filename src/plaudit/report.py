@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from plaudit.outcome import (
+    MINUS,
     Stage,
     capitalised,
     cards,
     change,
+    compared_samples,
     costs,
     figure,
     flat,
@@ -30,10 +32,10 @@ from plaudit.outcome import (
     number,
     plain,
     read,
+    training_samples,
 )
 from plaudit.run import write_atomically
 
-SAMPLES = 10
 MOST_POINTS = 300  # of a curve that are drawn, so that a long run's page stays small
 
 # Title and unit, in the order in which they are shown; what is not named here follows under its own name.
@@ -106,14 +108,9 @@ def _outcome(stage: Stage, stages: Sequence[Stage]) -> dict[str, Any]:
     """An evaluation: its table, win rate, plots and samples."""
     models = stage.models
     columns = list(dict.fromkeys(name for row in models.values() for name in row))
-    first, last = list(models)[0], list(models)[-1]
-    moves = {
-        name: _percent_points(name, models[first][name], models[last][name])
-        for name in columns
-        if is_number(models[first].get(name)) and is_number(models[last].get(name))
-    }
+    first, last = next(iter(models)), list(models)[-1]
+    moves = {name: _move(name, models[first].get(name), models[last].get(name)) for name in columns}
     figures = [*_histograms(stage), *(plot for other in stages for plot in _frontier(other, stage))]
-    rows = [row for row in stage.samples if all(name in row for name in models)]
     return {
         "models": models,
         "columns": columns,
@@ -121,27 +118,17 @@ def _outcome(stage: Stage, stages: Sequence[Stage]) -> dict[str, Any]:
         "win": stage.facts if stage.has("win_rate", "win_rate_low", "win_rate_high") else None,
         "interval": interval(stage),
         "figures": figures,
-        "samples": [_side_by_side(row, list(models)) for row in rows[:SAMPLES]],
+        "samples": compared_samples(stage),
         "stage": stage,
     }
 
 
-def _percent_points(name: str, before: float, after: float) -> str:
+def _move(name: str, before: float | None, after: float | None) -> str:
+    if before is None or after is None:
+        return ""
     if figure(before, name).endswith("%"):
         return change(100 * before, 100 * after, 1)
     return change(before, after, 3 if max(abs(before), abs(after)) < 1 else 2)
-
-
-def _side_by_side(row: dict[str, Any], models: Sequence[str]) -> list[dict[str, Any]]:
-    return [
-        {
-            "title": model_name(name),
-            "prompt": row.get("prompt", ""),
-            "text": row[name],
-            "scores": {kind: row.get(f"{name}_{kind}") for kind in ("judge", "reward") if f"{name}_{kind}" in row},
-        }
-        for name in models
-    ]
 
 
 def _section(stage: Stage) -> dict[str, Any] | None:
@@ -158,28 +145,8 @@ def _section(stage: Stage) -> dict[str, Any] | None:
         "facts": facts,
         "figures": figures,
         "settings": flat(stage.config),
-        "samples": _training_samples(stage),
+        "samples": training_samples(stage),
     }
-
-
-def _training_samples(stage: Stage) -> list[list[dict[str, Any]]]:
-    """What was said at the first and at the last step that kept samples, side by side."""
-    rows = [row for row in stage.samples if "completion" in row]
-    steps = sorted({row["step"] for row in rows})
-    sides = [
-        [
-            {
-                "title": f"step {step:,}",
-                "prompt": row.get("prompt", ""),
-                "text": row["completion"],
-                "scores": {"score": row["score"]} if "score" in row else {},
-            }
-            for row in rows
-            if row["step"] == step
-        ][:SAMPLES]
-        for step in dict.fromkeys((*steps[:1], *steps[-1:]))
-    ]
-    return [[side[place] for side in sides if place < len(side)] for place in range(max(map(len, sides), default=0))]
 
 
 # ---- plots ------------------------------------------------------------------------------------------------------
@@ -191,7 +158,7 @@ def draw(height: int, right: int, paint: Callable[[Any], None]) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
 
-    settings = {
+    settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "plaudit",
         "text.parse_math": False,
@@ -247,7 +214,7 @@ def _ticks(axes: Any, name: str, most: int = 5) -> None:
 
 def _short(value: float) -> str:
     mantissa, exponent = f"{value:.1e}".split("e")
-    return "0" if not float(mantissa) else f"{mantissa.removesuffix('.0')}e{int(exponent)}".replace("-", "−")
+    return "0" if not float(mantissa) else f"{mantissa.removesuffix('.0')}e{int(exponent)}".replace("-", MINUS)
 
 
 def _curves(stage: Stage) -> list[Figure]:

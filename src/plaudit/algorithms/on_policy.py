@@ -186,8 +186,8 @@ class OnPolicyAlgorithm(Algorithm):
         loose = self.world.precision != "float32"
         if gap > (0.25 if loose else 1e-3):
             raise PlauditError(
-                f"the sampler and the learner disagree by {gap:.3g} nats a token before the first update, so probability "
-                "ratios would not start at 1: does the model have dropout, or change its output while generating?"
+                f"the sampler and the learner disagree by {gap:.3g} nats a token before the first update, so "
+                "probability ratios would not start at 1: does the model change its output while generating?"
             )
         if reference is not None and self.policy.adapter is None:
             divergence = float(((own - reference).abs() * actions).max())

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from plaudit.advantages import gae, kl_k1, kl_shaped_rewards
@@ -27,7 +28,7 @@ class ProximalPolicyOptimisation(OnPolicyAlgorithm):
         super().__init__(settings, *args)
         if settings.kl or settings.kl_target:
             self.policy.keep_reference()
-        self.moved = 0.0
+        self.moved: list[Tensor] = []  # (sum of approximate KL, tokens) of this step's micro-batches
 
     def advantages(self, batch: Batch) -> Batch:
         settings, actions = self.settings, batch.actions
@@ -66,5 +67,13 @@ class ProximalPolicyOptimisation(OnPolicyAlgorithm):
         value, value_stats = clipped_value(
             output.values, batch.values, batch.returns, batch.actions, self.settings.value_clip
         )
+        self.moved.append(torch.stack([stats["approx_kl"].double(), batch.actions.sum().double()]))
         stats |= {"policy_loss": policy.detach(), "value_loss": value.detach(), **value_stats}
         return policy + self.settings.value_weight * value, stats
+
+    def after_step(self, step: int) -> None:
+        """Gives up the rest of a rollout that the policy has moved too far from."""
+        moved, tokens = self.world.sum(torch.stack(self.moved).sum(0)).tolist()
+        self.moved.clear()
+        if self.settings.target_kl and moved / max(tokens, 1) > self.settings.target_kl:
+            self.position += -self.position % self.per_rollout
