@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from plaudit.checks import read_config
 from plaudit.errors import PlauditError
@@ -128,9 +128,10 @@ def load_backbone(name: str, auto: Any, **options: Any) -> nn.Module:
     return model
 
 
-def store_linears(module: nn.Module, dtype: torch.dtype, keep: Tensor | None = None) -> None:
-    """Frozen matrices in the type they are multiplied in. What else there is (norms, embeddings, `keep`, the tied
-    head) stays as it is, so that a frozen copy computes bit for bit what autocast makes of the original."""
+def store_linears(module: nn.Module, dtype: torch.dtype) -> None:
+    """Frozen matrices in the type they are multiplied in. What else there is (norms, embeddings) stays as it is, so
+    that a frozen copy computes bit for bit what autocast makes of the original."""
+    tied = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
     for child in module.modules():
-        if isinstance(child, nn.Linear) and not child.weight.requires_grad and child.weight is not keep:
+        if isinstance(child, nn.Linear) and not child.weight.requires_grad and id(child.weight) not in tied:
             child.weight.data = child.weight.data.to(dtype)

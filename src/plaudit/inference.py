@@ -71,7 +71,7 @@ def _load(model: str, world: World, temperature: float) -> tuple[Policy, Templat
     from plaudit.loading import load_policy, load_tokenizer
     from plaudit.templates import Template
 
-    policy = load_policy(model, precision=world.precision).requires_grad_(False).to(world.device)
+    policy = load_policy(model, precision=world.precision, learns=False).to(world.device)
     policy.temperature = temperature
     return policy, Template(load_tokenizer(model))
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 
-from plaudit.backbone import layers_of, load_backbone, logit_transform, store_linears, tail_of
+from plaudit.backbone import layers_of, load_backbone, logit_transform, tail_of
 from plaudit.batch import collate
 from plaudit.checks import check_model
 from plaudit.errors import PlauditError
@@ -55,8 +55,9 @@ def load_policy(
     lora_rank: int = 0,
     lora_alpha: float = 16.0,
     value_head: bool = False,
+    learns: bool = True,
 ) -> Policy:
-    """A causal language model to train or sample from.
+    """A causal language model to train or sample from (`learns=False`: all of it frozen).
 
     train_layers: only the last so many layers and the final norm learn (0: all). lora_rank: only low-rank
     adapters of that rank learn (0: none). Raises PlauditError for a wrong name or a combination of both.
@@ -65,6 +66,8 @@ def load_policy(
 
     model = load_backbone(name, AutoModelForCausalLM)
     policy = _prepare(model, "CAUSAL_LM", train_layers, lora_rank, lora_alpha)
+    if not learns:
+        policy.requires_grad_(False)
     if value_head:
         # Zero: before it has learned anything, the best guess of every advantage is the reward itself.
         policy.value = nn.Linear(policy.width, 1)
@@ -84,8 +87,9 @@ def load_reward_model(
     train_layers: int = 0,
     lora_rank: int = 0,
     lora_alpha: float = 16.0,
+    learns: bool = True,
 ) -> Policy:
-    """A sequence classifier with one output. On a model that has no such head yet, a new one is drawn from
+    """A sequence classifier with one output (`learns=False`: all of it frozen). On a model that has no such head yet, a new one is drawn from
     N(0, 1/(d+1)) (Ziegler et al. 2019), and the padding token is made another than the end token, since Hugging
     Face classifiers read the score at the last token that is not padding."""
     from transformers import AutoModelForSequenceClassification
@@ -98,8 +102,9 @@ def load_reward_model(
         _distinct_padding(model, tokenizer)
         nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.config.get_text_config().hidden_size + 1))
     policy = _prepare(model, "SEQ_CLS", train_layers, lora_rank, lora_alpha)
-    for parameter in model.score.parameters():
-        parameter.requires_grad_(True)
+    model.score.requires_grad_(True)
+    if not learns:
+        policy.requires_grad_(False)
     return _finish(policy, name, precision)
 
 
@@ -190,11 +195,13 @@ def _finish(policy: Policy, name: str, precision: str) -> Policy:
     from transformers import AutoConfig
 
     _probe(policy)
-    # The type on disk decides: frozen matrices may shrink in memory only if nothing is lost by it.
+    # The type on disk decides: what is frozen may shrink in memory only if nothing is lost by it.
     policy.stored_dtype = AutoConfig.from_pretrained(name, trust_remote_code=False).dtype or torch.float32
-    if precision == "bfloat16" and policy.stored_dtype == torch.bfloat16:
-        head = policy.backbone.get_output_embeddings()
-        store_linears(policy.backbone, torch.bfloat16, keep=None if head is None else head.weight)
+    policy.autocasts = precision == "bfloat16"
+    if policy.autocasts and policy.stored_dtype == torch.bfloat16:
+        for parameter in policy.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
     return policy
 
 

@@ -191,11 +191,11 @@ def model_name(name: str) -> str:
 
 
 def plain(text: Any) -> str:
-    """A text, or a conversation as lines "role: content"."""
+    """A text, or a conversation as lines "role: content"; cut where it is too long to read here."""
     if isinstance(text, list):
-        text = "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in text if isinstance(turn, dict)) + "\n"
-    text = str(text)
-    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"
+        text = "".join(f"{turn.get('role')}: {turn.get('content')}\n" for turn in text if isinstance(turn, dict))
+    words = str(text)
+    return words if len(words) <= LONGEST_TEXT else words[:LONGEST_TEXT] + " …"
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -212,8 +212,7 @@ def flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 def _setting(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: DASH, True: "yes", False: "no"}[value]
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"
+    return plain(", ".join(map(str, value)) if isinstance(value, list) else value)
 
 
 def compared_samples(stage: Stage) -> list[list[dict[str, Any]]]:
@@ -326,7 +325,8 @@ def _scored(stage: Stage) -> str:
         return ""
     # One batch's score says little: a tenth of the run at either end says more.
     part = max(1, len(values) // 10)
-    return f"The score {_moved(sum(values[:part]) / part, sum(values[-part:]) / part)} in {steps[-1]:,} steps."
+    moved = _moved(sum(values[:part]) / part, sum(values[-part:]) / part)
+    return f"The score {moved} over {steps[-1]:,} steps (mean of the first and of the last tenth)."
 
 
 def cards(stages: Sequence[Stage]) -> list[tuple[str, str, str]]:

@@ -81,6 +81,7 @@ class Policy(nn.Module):
         self.window = window_of(self.config)
         self.plain_head = True
         self.stored_dtype = torch.float32  # of the folder that the model came from
+        self.autocasts = False  # whether it is going to run under bfloat16 autocast
         self._cast_head: Tensor | None = None
         # In lists, so that neither counts as a part of this module: they are other views of the same weights.
         self._adapter = [adapter]
@@ -208,7 +209,7 @@ class Policy(nn.Module):
             top = nn.ModuleList(list(layers_of(self.base))[self.frozen :])
             learning = nn.ModuleDict({"layers": top, "tail": nn.ModuleDict(tail_of(self.base))})
         kept = copy.deepcopy(learning).requires_grad_(False).eval()
-        if torch.bfloat16 in {p.dtype for p in self.backbone.parameters()}:
+        if self.autocasts:
             store_linears(kept, torch.bfloat16)
         self._reference = [kept]
 

@@ -161,6 +161,6 @@ def load_rewards(
             sources[spec] = load_function(spec, folder)
         else:
             tokenizer = load_tokenizer(spec)
-            policy = load_reward_model(spec, tokenizer, precision=precision).requires_grad_(False).to(device)
+            policy = load_reward_model(spec, tokenizer, precision=precision, learns=False).to(device)
             sources[spec] = ModelReward(policy, tokenizer, tokens_per_pass)
     return Rewards(sources, weights, clip, normalise)

@@ -23,6 +23,12 @@ from plaudit.errors import PlauditError
 FILES = ("tensors.safetensors", "state.json", "manifest.json")
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch):
+    """No test pulls the plug, so only when fsync is called matters."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 def content(step):
     return {"weight": torch.full((3, 4), float(step)), "count": torch.tensor(step)}, {"step": step}
 
@@ -168,7 +174,7 @@ class Faults:
         self.unflushed, self.moves = set(), []
         for name in ("_write", "_write_tensors", "_flush", "_move", "_delete"):
             monkeypatch.setattr(checkpoint, name, self.wrap(name, getattr(checkpoint, name)))
-        monkeypatch.setattr(checkpoint.os, "mkdir", self.wrap("mkdir", os.mkdir))
+        monkeypatch.setattr(os, "mkdir", self.wrap("mkdir", os.mkdir))
 
     def wrap(self, name, function):
         def operation(path, *rest):
@@ -289,18 +295,30 @@ def test_a_file_size_limit_is_reported_and_harmless(real_process):
     assert real_process["limit"]["litter"] == []
 
 
-@pytest.mark.parametrize("name", ["_write", "_write_tensors", "_flush", "_move", "mkdir"])
-@pytest.mark.parametrize("replaced", [False, True])
-def test_an_error_of_the_disk_names_the_path_and_keeps_the_old(tmp_path, monkeypatch, name, replaced):
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "step"),
+    [
+        (*fault, step)
+        for step in (1, 2)  # replaced, new
+        for fault in (
+            (checkpoint, "_write_tensors", 1),
+            (checkpoint, "_write", 1),
+            (checkpoint, "_write", 2),
+            (os, "mkdir", 2),  # the first is for the folder of all checkpoints
+            *((os, "fsync", call) for call in (1, 2, 3, 4)),
+            *((checkpoint, "_move", call) for call in (1, 2)[: 3 - step]),
+        )
+    ],
+)
+def test_an_error_of_the_disk_names_the_path_and_keeps_the_old(tmp_path, monkeypatch, owner, name, call, step):
     put(tmp_path, 1)
-    step = 1 if replaced else 2
-    owner, count = (checkpoint.os, 0) if name == "mkdir" else (checkpoint, 0)
     function = getattr(owner, name)
+    count = 0
 
     def refuse(*arguments):
         nonlocal count
         count += 1
-        if count == (2 if name == "_move" and replaced else 1):
+        if count == call:
             raise OSError(28, "No space left on device")
         return function(*arguments)
 
@@ -320,7 +338,7 @@ def test_a_removal_that_fails_is_reported_after_the_save(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(checkpoint, "_delete", refuse)
-    with pytest.raises(PlauditError, match="step-000002 is safe.*Permission denied"):
+    with pytest.raises(PlauditError, match=r"step-000002 is safe.*Permission denied"):
         put(tmp_path, 2)
     assert latest(tmp_path)[0].name == "step-000002"
 

@@ -237,7 +237,7 @@ def test_pip_is_asked_for_the_pinned_archive_alone(tmp_path, monkeypatch, form, 
     folder.mkdir()
     assert sources.download(source, folder) == folder / "thing-1.zip"
     assert asked["command"][:5] == [sys.executable, "-m", "pip", "download", "--no-deps"]
-    assert {choice, "--require-hashes"} <= set(asked["command"])
+    assert {choice, "--require-hashes", "--no-cache-dir"} <= set(asked["command"])
     assert asked["requirements"] == f"thing==1 --hash=sha256:{'ab' * 32}\n"
 
 
@@ -325,10 +325,11 @@ def test_copies_of_a_snippet_are_on_one_side(tmp_path):
 
 
 def test_snippets_with_nothing_to_continue_are_counted(tmp_path):
-    texts = "1\t0\tNo surprises.\r\n2\t0\tOne two three four five six\r\n3\t0\tSlummer\r\n"
-    (tmp_path / "a.tar.gz").write_bytes(tarball(reviews(texts, "1\t0\t0\t[0]\r\n2\t0\t0\t[0]\r\n3\t0\t0\t[0]\r\n")))
-    said = split_reviews(tmp_path / "a.tar.gz", tmp_path)
-    assert said.endswith("2 snippets too short to continue.")
+    snippets = ["No surprises.", "One two three four five six", "Slummer", "No real surprises.", "A big yawn  "]
+    texts = "".join(f"{i}\t0\t{snippet}\r\n" for i, snippet in enumerate(snippets, 1))
+    ratings = "".join(f"{i}\t0\t0\t[0]\r\n" for i in range(1, 6))
+    (tmp_path / "a.tar.gz").write_bytes(tarball(reviews(texts, ratings)))
+    assert split_reviews(tmp_path / "a.tar.gz", tmp_path).endswith("4 snippets too short to continue.")
     rows = (tmp_path / "train.jsonl").read_text() + (tmp_path / "heldout.jsonl").read_text()
     assert [json.loads(line)["id"] for line in rows.splitlines()] == ["2"]
 
@@ -358,7 +359,7 @@ def test_members_named_out_of_the_folder_are_never_written_and_links_never_follo
         target = tarfile.TarInfo("target.txt")
         target.size = 5
         tar.addfile(target, io.BytesIO(b"1\t0\tA"))
-    with pytest.raises(PlauditError, match="has no file"):
+    with pytest.raises(PlauditError, match=f"has no file '{sources._TEXTS}'"):
         split_reviews(inside / "link.tar.gz", inside)
 
 
@@ -370,10 +371,10 @@ def byte_symbols() -> list[str]:
 
 
 def write_gguf(path: Path) -> None:
-    """A llama of one layer, its projections in 4-bit blocks (type Q4_1), and a byte-pair tokenizer of one merge."""
+    """A llama of one layer, its projections in 4-bit blocks (type Q4_1), and a byte-pair tokenizer of two merges."""
     gguf = pytest.importorskip("gguf")
     np = pytest.importorskip("numpy")
-    tokens = ["<|endoftext|>", "<|start|>", *byte_symbols(), "he"]
+    tokens = ["<|endoftext|>", "<|start|>", *byte_symbols(), "he", "the"]
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(64)
@@ -387,8 +388,8 @@ def write_gguf(path: Path) -> None:
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
-    writer.add_token_types([3, 3] + [1] * 257)
-    writer.add_token_merges(["h e"])
+    writer.add_token_types([3, 3] + [1] * 258)
+    writer.add_token_merges(["h e", "t he"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(0)
     writer.add_pad_token_id(0)
@@ -421,7 +422,7 @@ def test_a_gguf_model_becomes_a_plain_folder(tmp_path):
     folder.mkdir()
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    assert sources.convert(tmp_path / "tiny.gguf", folder).endswith("with a vocabulary of 259 tokens.")
+    assert sources.convert(tmp_path / "tiny.gguf", folder).endswith("with a vocabulary of 260 tokens.")
     assert torch.equal(torch.get_rng_state(), before)
     assert not list(folder.glob("*.gguf"))
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -446,7 +447,7 @@ def test_a_gguf_model_becomes_a_plain_folder(tmp_path):
     assert tokenizer.chat_template
     ids = tokenizer("the caf\u00e9<|endoftext|>").input_ids
     assert tokenizer.decode(ids) == "the caf\u00e9<|endoftext|>"
-    assert (len(ids), ids[-1]) == (9, 0)
+    assert (ids[0], len(ids), ids[-1]) == (259, 8, 0)
 
 
 def judge():
