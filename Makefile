@@ -16,8 +16,8 @@ slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow --timeout=3600
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check src tests recipes benchmarks
-	$(BIN)/ruff format --check src tests recipes benchmarks
+	$(BIN)/ruff check src tests recipes benchmarks docs
+	$(BIN)/ruff format --check src tests recipes benchmarks docs
 
 type: $(VENV)/.dev
 	$(BIN)/mypy

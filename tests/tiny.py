@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -24,13 +25,17 @@ CHAT = (
 )
 
 
-def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
-    """One token for each byte, and an end token."""
+def tokenizer(chat: bool = True, begins: bool = False) -> PreTrainedTokenizerFast:
+    """One token for each byte, and an end token; `begins`: also a token that the tokenizer puts before each text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytewise = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytewise.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token=END)
+    if begins:
+        fast.add_special_tokens({"bos_token": "<|begin|>"})
+        opening = [("<|begin|>", fast.bos_token_id)]
+        fast.backend_tokenizer.post_processor = TemplateProcessing(single="<|begin|> $A", special_tokens=opening)
     if chat:
         fast.chat_template = CHAT
     return fast

@@ -57,16 +57,27 @@ def swapped(stack: nn.ModuleList, replacements: Mapping[int, nn.Module]) -> Iter
 
 
 @contextmanager
-def replaced(owner: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Inside, some named children of `owner` are others."""
-    kept = {name: getattr(owner, name) for name in modules}
+def replaced(owner: nn.Module, others: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, some attributes of `owner`, children among them, are others."""
+    kept = {name: getattr(owner, name) for name in others}
     try:
-        for name, module in modules.items():
-            setattr(owner, name, module)
+        for name, other in others.items():
+            setattr(owner, name, other)
         yield
     finally:
-        for name, module in kept.items():
-            setattr(owner, name, module)
+        for name, own in kept.items():
+            setattr(owner, name, own)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, dropout is off."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def takes_masks(model: nn.Module) -> bool:
@@ -76,16 +87,20 @@ def takes_masks(model: nn.Module) -> bool:
         return False
     if config._attn_implementation not in ("sdpa", "eager") or getattr(config, "alibi", False):
         return False
+    if "local" in getattr(config, "attention_layers", ()):
+        return False  # GPT-Neo's windows count places in memory, whatever the mask says
     causal = all(getattr(module, "is_causal", True) for module in model.modules())
     return causal and "position_ids" in inspect.signature(model.base_model.forward).parameters
 
 
 def window_of(config: Any) -> int:
-    """The longest row for which sliding-window attention is plain attention."""
+    """The longest row for which sliding-window or chunked attention is plain attention."""
     text = config.get_text_config()
     window = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None)
     in_use = getattr(text, "use_sliding_window", True) and (kinds is None or "sliding_attention" in kinds)
+    if "chunked_attention" in (kinds or ()):
+        window, in_use = text.attention_chunk_size, True
     return int(window) if window and in_use else 2**31
 
 

@@ -78,7 +78,7 @@ class Batch:
         """The groups in random order; rows inside a group keep theirs."""
         blocks = self.blocks()
         order = torch.randperm(len(blocks), generator=generator).tolist()
-        return self.rows(torch.cat([blocks[i] for i in order]))
+        return self.rows(torch.cat([blocks[i] for i in order])) if blocks else self
 
     def split(self, tokens: int) -> Iterator[Batch]:
         """Micro-batches of at most `tokens` padded tokens, whole groups only, longest rows first."""
@@ -91,7 +91,8 @@ class Batch:
         exceed the memory does so at once. A group larger than the budget is a part of its own.
         """
         blocks = self.blocks()
-        longest = [int(self.lengths[block].max()) for block in blocks]
+        lengths = self.lengths
+        longest = [int(lengths[block].max()) for block in blocks]
         part: list[Tensor] = []
         width = rows = 0
         for i in sorted(range(len(blocks)), key=lambda i: (-longest[i], i)):
@@ -131,25 +132,11 @@ def collate(
         tokens[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
         attention[i, : len(row)] = True
         flags = [True] * len(completions[i]) if actions is None else list(actions[i])
+        if len(flags) != len(completions[i]):
+            raise ValueError(f"row {i} has {len(completions[i])} completion tokens and {len(flags)} flags")
         acting[i, start : len(row)] = torch.tensor(flags, dtype=torch.bool)
     acting[:, 0] = False
     ids = torch.arange(size) if groups is None else torch.tensor(groups, dtype=torch.int64)
+    if len(ids) != size:
+        raise ValueError(f"{size} rows and {len(ids)} group ids")
     return Batch(tokens, attention, acting, ids)
-
-
-def concatenate(batches: Sequence[Batch]) -> Batch:
-    """Several batches as one, padded to the widest; group ids are made distinct."""
-    width = max(batch.tokens.shape[1] for batch in batches)
-    parts: dict[str, list[Tensor]] = {}
-    offset = 0
-    for batch in batches:
-        for name, tensor in batch.tensors().items():
-            if tensor.dim() >= 2 and name != "targets" and tensor.shape[1] < width:
-                padding = tensor.new_zeros(tensor.shape[0], width - tensor.shape[1], *tensor.shape[2:])
-                tensor = torch.cat([tensor, padding], 1)
-            if name == "groups":
-                _, tensor = torch.unique_consecutive(tensor, return_inverse=True)
-                tensor = tensor + offset
-                offset = int(tensor.max()) + 1 if len(tensor) else offset
-            parts.setdefault(name, []).append(tensor)
-    return Batch(**{name: torch.cat(tensors) for name, tensors in parts.items()})

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import symtable
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from plaudit.errors import PlauditError
 
 LINES = (".jsonl", ".jsonl.gz", ".json")
+TABLES = {".parquet": "parquet", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -35,7 +38,8 @@ def check_data(data: str | Sequence[str] | None) -> None:
     """
     for name in names_of(data):
         path = Path(name).expanduser()
-        local = name.endswith(LINES) or name.startswith((".", "/", "~")) or name.count("/") > 1 or "." in path.suffix
+        # Not any dot: there are Hub data sets named like "tulu-2.5-preference-data".
+        local = name.endswith((*LINES, *TABLES)) or name.startswith((".", "/", "~")) or name.count("/") > 1
         if not path.exists() and local:
             raise PlauditError(f"data: there is no file {name!r}.")
         if path.is_file() and path.stat().st_size == 0:
@@ -49,7 +53,7 @@ def read_config(name: str) -> dict[str, Any]:
     """
     folder = Path(name)
     if not folder.exists():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
             raise PlauditError(f"model: there is no folder {name!r}.")
         return {}
     path = folder / "config.json"
@@ -58,7 +62,12 @@ def read_config(name: str) -> dict[str, Any]:
         raise PlauditError(
             f"model: {name!r} has no config.json, so it is not a Hugging Face model folder (found: {found})."
         )
-    config: dict[str, Any] = json.loads(path.read_text())
+    try:
+        config: dict[str, Any] = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise PlauditError(f"{path}: not valid JSON ({error}): save the model again.") from None
+    if not isinstance(config, dict):
+        raise PlauditError(f"{path}: must hold a JSON object, {{...}}: save the model again.")
     hostile = [key for key in config if key.startswith("_attn_implementation") or key == "trust_remote_code"]
     if hostile:
         raise PlauditError(
@@ -81,11 +90,56 @@ def check_model(name: str) -> None:
 
 
 def check_rewards(specs: Sequence[str]) -> None:
-    """The checks that need nothing heavy. Raises PlauditError."""
+    """The checks that need nothing heavy: files, functions and models are there. Raises PlauditError."""
     for spec in specs:
-        if ".py:" in spec:
-            path = spec.rpartition(":")[0]
-            if not Path(path).is_file():
-                raise PlauditError(f"reward {spec!r}: there is no file {path!r}.")
-        elif ":" not in spec:
+        kind, colon, rest = spec.partition(":")
+        if spec.endswith(".py"):
+            raise PlauditError(f"reward {spec!r}: name the function too, as in {spec + ':reward'!r}.")
+        if not colon:
             check_model(spec)
+        elif kind == "count":
+            if not rest:
+                raise PlauditError(f"reward {spec!r}: name what is to be counted, as in 'count:good'.")
+        elif kind == "label":
+            label, _, model = rest.partition("@")
+            if not (label and model):
+                raise PlauditError(f"reward {spec!r}: name a label and a model, as in 'label:POSITIVE@MODEL'.")
+            check_model(model)
+        else:
+            _check_function(spec)
+
+
+def check_rollout(rollout: int, batch_size: int, group: int) -> None:
+    """Raises PlauditError unless a rollout is whole batches of whole groups."""
+    if rollout % batch_size:
+        raise PlauditError(f"batch_size ({batch_size}) must divide rollout ({rollout}).")
+    if batch_size % group:
+        raise PlauditError(f"group ({group}) must divide batch_size ({batch_size}), or a prompt's answers are torn.")
+
+
+def _check_function(spec: str) -> None:
+    """Looks for `file.py:name` without running the file, which may do or load anything."""
+    place, _, name = spec.rpartition(":")
+    if not place.endswith(".py"):
+        if not _is_module(place):
+            raise PlauditError(f"reward {spec!r}: there is no module {place!r}.")
+        return
+    path = Path(place)
+    if not path.is_file():
+        raise PlauditError(f"reward {spec!r}: there is no file {place!r}.")
+    text = path.read_text("utf-8")
+    try:
+        symbols = symtable.symtable(text, place, "exec").get_symbols()
+    except SyntaxError as error:
+        raise PlauditError(f"{place}:{error.lineno}: not valid Python ({error.msg}).") from None
+    known = {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()}
+    if name not in known and "import *" not in text:
+        functions = ", ".join(symbol.get_name() for symbol in symbols if symbol.is_namespace()) or "none"
+        raise PlauditError(f"reward {spec!r}: {place} has no function {name!r} (it has: {functions}).")
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except (ModuleNotFoundError, ValueError):  # of a package that isn't there, or no name at all
+        return False

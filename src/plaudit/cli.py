@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from plaudit.errors import PlauditError
 
@@ -29,6 +30,12 @@ plaudit teaches language models from what people prefer.
 {_VERBS}
 `plaudit VERB --help` shows that verb's settings. Settings come from defaults, then the YAML file, then flags.
 """
+_USAGES = {
+    "run": "usage: plaudit run FILE [output=FOLDER] [stage.field=value ...]",
+    "quickstart": "usage: plaudit quickstart [output=FOLDER] [stage.field=value ...]",
+    "report": "usage: plaudit report FOLDER",
+    "explain": "usage: plaudit explain VERB [--config FILE] [--field value ...]",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,12 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(arguments[0], arguments[1:])
     except PlauditError as error:
-        print(f"plaudit {arguments[0]}: {error}", file=sys.stderr)
+        said = str(error).removeprefix(f"{arguments[0]}: ")
+        print(said if said.startswith("plaudit ") else f"plaudit {arguments[0]}: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("plaudit: stopped; nothing that was saved is lost.", file=sys.stderr)
         return 130
-    except Exception as error:
+    except BrokenPipeError:  # whoever read the output, `head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except BaseException as error:
         if type(error).__name__ != "Interrupted":  # its module loads torch, which has not happened if it isn't there
             raise
         print(f"plaudit {arguments[0]}: {error}", file=sys.stderr)
@@ -73,35 +84,50 @@ def _be_quiet() -> None:
 
 
 def _run(verb: str, words: list[str]) -> None:
-    if verb in ("run", "quickstart", "report"):
+    if verb in _USAGES and words[:1] in (["-h"], ["--help"]):
+        print(_USAGES[verb])
+    elif verb == "explain":
+        if not words:
+            raise PlauditError("give the verb that is to be explained: plaudit explain VERB")
+        from plaudit.explain import explain
+
+        explain(_settings(words[0], words[1:], "plaudit explain"))
+    elif verb in _USAGES:
         _file_verb(verb, words)
-        return
+    else:
+        if verb == "pull" and words and not words[0].startswith("-"):
+            words = ["--names", *words]
+        _do(verb, _settings(verb, words, "plaudit"))
+
+
+def _settings(verb: str, words: list[str], prog: str) -> Any:
     from plaudit import config
     from plaudit.settings import VERBS
 
-    explaining = verb == "explain"
-    if explaining:
-        verb, words = (words[0], words[1:]) if words else ("", [])
     if verb not in VERBS:
-        import difflib
+        from difflib import get_close_matches
 
-        near = difflib.get_close_matches(verb, [*VERBS, "run", "report", "quickstart", "explain"], 1)
-        hint = f"; did you mean {near[0]!r}?" if near else " (plaudit --help lists the verbs)."
-        raise PlauditError(f"there is no verb {verb!r}{hint}")
-    settings = config.from_arguments(VERBS[verb], words, f"plaudit {'explain ' if explaining else ''}{verb}")
-    if explaining:
-        from plaudit.explain import explain
+        others = [] if prog.endswith("explain") else [*_USAGES, "--help", "--version"]
+        near = get_close_matches(verb, [*VERBS, *others], 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join([*VERBS, *others[:4]])}."
+        raise PlauditError(f"there is no verb {verb!r}{' to explain' * (not others)}; {hint}")
+    return config.from_arguments(VERBS[verb], words, f"{prog} {verb}")
 
-        explain(settings)
-    elif verb == "pull":
+
+def _do(verb: str, settings: Any) -> None:
+    if verb == "pull":
         from plaudit import pipeline
 
-        pipeline.pull(settings)
-    elif verb in ("sample", "evaluate"):
-        from plaudit import inference
+        print(*pipeline.pull(settings), sep="\n")
+    elif verb == "sample":
+        from plaudit.inference import sample
 
-        result = getattr(inference, verb)(settings)
-        print(result if verb == "sample" else result.folder) if result else None
+        if path := sample(settings):
+            print(path)
+    elif verb == "evaluate":
+        from plaudit.inference import evaluate
+
+        print(evaluate(settings).folder)
     else:
         from plaudit.recipes import train
 
@@ -109,15 +135,6 @@ def _run(verb: str, words: list[str]) -> None:
 
 
 def _file_verb(verb: str, words: list[str]) -> None:
-    if any(word in ("-h", "--help") for word in words):
-        print(
-            {
-                "run": "usage: plaudit run FILE [output=FOLDER] [stage.field=value ...]",
-                "quickstart": "usage: plaudit quickstart [output=FOLDER] [stage.field=value ...]",
-                "report": "usage: plaudit report FOLDER",
-            }[verb]
-        )
-        return
     if verb == "report":
         if len(words) != 1:
             raise PlauditError("give one run folder: plaudit report FOLDER")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +30,6 @@ class Answers:
     judge: Tensor
     logprobs: Tensor
     reference: Tensor
-    columns: dict[str, Any] = field(default_factory=dict)
 
     def figures(self, positive: float) -> dict[str, float]:
         """Means over prompts; KL is the mean of log pi - log reference over the policy's own completions."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from plaudit import records
-from plaudit.checks import LINES, names_of
+from plaudit.checks import LINES, TABLES, names_of
 from plaudit.errors import PlauditError
 from plaudit.records import Loaded, Text
 
@@ -48,12 +48,15 @@ def _dataset_rows(name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]
             table = datasets.load_from_disk(str(path))
             table = table[split] if isinstance(table, datasets.DatasetDict) else table
         elif path.is_file():
-            kind = path.suffix.lstrip(".")
-            table = datasets.load_dataset("text" if kind == "txt" else kind, data_files=str(path), split="train")
+            if path.suffix not in TABLES:
+                known = ", ".join([*LINES, *TABLES])
+                raise PlauditError(f"data: {name!r} is of no kind that can be read: {known}, or a folder of these.")
+            table = datasets.load_dataset(TABLES[path.suffix], data_files=str(path), split="train")
         else:
             table = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise PlauditError(f"data: cannot read {name!r} (split {split!r}): {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise PlauditError(f"data: cannot read {name!r} (split {split!r}): {reason}") from error
     for number, row in enumerate(table):
         yield f"{name}[{number}]", dict(row)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from plaudit import checks, config, machine, sources
-from plaudit.recipes import describe, load_records
+from plaudit import config, machine
+from plaudit.data import Order
+from plaudit.recipes import encode, prepare, template_of
 from plaudit.settings.common import Training
 from plaudit.settings.policy_gradient import OnPolicy
+
+if TYPE_CHECKING:
+    from plaudit.templates import Template
 
 
 def explain(settings: Any) -> None:
@@ -23,49 +27,80 @@ def explain(settings: Any) -> None:
     console.print(table)
     if not isinstance(settings, Training):
         return
-    checks.check_data(settings.data)
-    model = sources.resolve(settings.model)
-    checks.check_model(model)
-    loaded = load_records(settings)
-    for line in (*_arithmetic(settings, len(loaded.training)), *_memory(settings, model)):
-        console.print(line, highlight=False)
-    for note in loaded.notes:
-        console.print(note)
-    console.print("\n[bold]One example[/], actions in green:")
-    console.print(describe(settings, model, loaded.training[0]))
+    settings, loaded = prepare(settings)
+    template = template_of(settings)
+    items = encode(settings, template, loaded)
+    for line in (*_arithmetic(settings, len(items)), *_memory(settings), *loaded.notes):
+        console.print(line, highlight=False, markup=False)
+    console.print("\n[bold]One example[/], what is learned in green between ⟦ and ⟧:")
+    console.print(_shown(items[0], template))
 
 
 def _arithmetic(settings: Training, rows: int) -> list[str]:
     if isinstance(settings, OnPolicy):
-        reuse = getattr(settings, "reuse", 1)
-        rollouts = max(1, round(settings.epochs * rows * settings.group / settings.rollout))
-        updates = settings.rollout // settings.batch_size * reuse
+        prompts = settings.rollout // settings.group
+        updates = settings.rollout // settings.batch_size * getattr(settings, "reuse", 1)
+        steps = settings.steps or Order(rows, prompts, settings.seed).steps(settings.epochs) * updates
         return [
-            f"{rows} prompts; a rollout is {settings.rollout} completions, {settings.group} of each prompt.",
+            f"{rows} prompts; a rollout is {settings.rollout} completions of {prompts} prompts.",
             f"Each rollout is learned from in {updates} steps of {settings.batch_size} completions.",
-            f"{settings.steps or rollouts * updates} steps.",
+            f"{steps} steps: each prompt is asked {steps / updates * prompts / rows:.2f} times.",
         ]
-    steps = settings.steps or max(1, round(settings.epochs * rows / settings.batch_size))
+    steps = settings.steps or Order(rows, settings.batch_size, settings.seed).steps(settings.epochs)
     seen = steps * settings.batch_size / rows
     return [f"{rows} rows to learn from; {steps} steps of {settings.batch_size}: each row is seen {seen:.2f} times."]
 
 
-def _memory(settings: Training, model: str) -> list[str]:
-    """Weights, moments and activations, counted from the config alone."""
-    from transformers import AutoConfig
+def _memory(settings: Training) -> list[str]:
+    """Weights, and how many of them learn, counted on a model without content; activations by a rule of thumb."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    text = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
-    width, layers, inner = text.hidden_size, text.num_hidden_layers, getattr(text, "intermediate_size", None)
-    block = 4 * width * width + 3 * width * (inner or 4 * width)
-    total = layers * block + text.vocab_size * width
-    learning = (settings.train_layers or layers) * block + (0 if settings.train_layers else text.vocab_size * width)
-    if settings.lora_rank:
-        learning = layers * settings.lora_rank * 2 * (4 * width + 3 * (inner or 4 * width))
-    precision = machine.precision(settings.precision, settings.device)
-    trained_layers = settings.train_layers or layers
-    activations = settings.tokens_per_pass * trained_layers * (8 * width + 4 * (inner or 4 * width)) * 3
+    from plaudit.backbone import layers_of, tail_of
+
+    config = AutoConfig.from_pretrained(settings.model, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    stack = list(layers_of(model.base_model))
+    trained = stack[-settings.train_layers :]
+    total = learning = _count(model)
+    if settings.train_layers:
+        learning = sum(map(_count, [*trained, *tail_of(model.base_model).values()]))
+    elif settings.lora_rank:
+        matrices = [p for layer in stack for p in layer.parameters() if p.dim() == 2]
+        learning = sum(settings.lora_rank * sum(matrix.shape) for matrix in matrices)
+    text = config.get_text_config()
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    # What a layer keeps for the backward pass, part of it in two bytes, part in four.
+    activations = settings.tokens_per_pass * len(trained) * (8 * text.hidden_size + 4 * inner) * 3
     return [
-        f"{total / 1e6:.0f} M weights, {learning / 1e6:.0f} M learn; computing in {precision}.",
+        f"{total:,} weights, of which {learning:,} learn; "
+        f"computing in {machine.precision(settings.precision, settings.device)}.",
         f"About {(total * 4 + learning * 12) / 1e9:.2f} GB of weights, gradients and moments, and up to "
         f"{activations / 1e9:.2f} GB of activations at {settings.tokens_per_pass} tokens a pass.",
     ]
+
+
+def _count(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _shown(item: Any, template: Template) -> Any:
+    """Token ids as the model will see them: a rich text in which the actions are told apart, without colours too."""
+    from rich.text import Text
+
+    from plaudit.algorithms.on_policy import Asked
+    from plaudit.algorithms.reward import Judged
+
+    if isinstance(item, Asked):
+        ids, actions = item.ids, [False] * len(item)
+    elif isinstance(item, Judged):
+        ids, actions = item.texts[0], [False] * len(item.texts[0])
+    else:
+        ids, actions = item.prompt + item.completion, [False] * len(item.prompt) + item.actions
+    shown = Text()
+    for i, acting in enumerate(actions):
+        text = template.tokenizer.decode([ids[i]]).replace("\n", "\\n")
+        opens, closes = acting and not (i and actions[i - 1]), acting and not (actions[i + 1 :] or [False])[0]
+        shown.append("⟦" * opens + text + "⟧" * closes, style="black on green" if acting else "dim")
+    return shown

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plaudit import checks, config, data, machine, sources
 from plaudit.errors import PlauditError
-from plaudit.recipes import asked_of, listed, start_world
-from plaudit.records import Prompt
+from plaudit.recipes import asked_of, left_out, listed, opened, start_world
+from plaudit.records import Loaded, Prompt
 from plaudit.run import Run, write_atomically
 from plaudit.settings import Evaluate, Sample
+from plaudit.settings.common import Common
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
     from plaudit.algorithms.on_policy import Asked
     from plaudit.comparing import Answers
     from plaudit.policy import Policy
@@ -31,17 +35,18 @@ def evaluate(settings: Evaluate) -> Run:
     Raises PlauditError for what the user can put right.
     """
     settings = config.check(settings)
-    named = dict(_named(policy) for policy in settings.policies)
+    named = _named(settings.policies)
     reference = settings.model or next(iter(named.values()))
     checks.check_data(settings.data)
     for folder in (reference, *named.values()):
-        checks.check_model(sources.resolve(folder))
+        checks.check_model(folder)
     checks.check_rewards([*listed(settings.rewards), *listed(settings.judge or ())])
-    prompts = data.load(settings.data, Prompt, settings.split).records
-    with Run.open(settings.output, {"verb": "evaluate", **dataclasses.asdict(settings)}, ("output", "device")) as run:
+    prompts = data.load(settings.data, Prompt, settings.split)
+    with opened(settings, ("output", "device")) as run:
         if not run.finished:
             machine.forget_peak()
-            _compare(settings, named, sources.resolve(reference), prompts, run)
+            found = {name: sources.resolve(folder) for name, folder in named.items()}
+            _compare(settings, found, sources.resolve(reference), prompts, run)
         return run
 
 
@@ -50,21 +55,41 @@ def sample(settings: Sample) -> Path | None:
     terminal. Raises PlauditError for what the user can put right."""
     settings = config.check(settings)
     checks.check_data(settings.data)
-    model = sources.resolve(settings.model)
-    checks.check_model(model)
-    records = None if settings.data is None else data.load(settings.data, Prompt, settings.split).records
+    checks.check_model(settings.model)
+    prompts = None if settings.data is None else data.load(settings.data, Prompt, settings.split)
+    if prompts is not None and Path(settings.output).exists():
+        raise PlauditError(f"output: {settings.output} exists already: name another file, or remove it.")
     world = start_world(settings)
-    policy, template = _load(model, world, settings.temperature)
-    if records is None:
+    policy, template = _load(sources.resolve(settings.model), world, settings.temperature)
+    if prompts is None:
         _interactive(settings, policy, template, world)
         return None
-    asked, _ = asked_of(records[: settings.limit or None], template, settings.max_prompt_tokens)
+    asked = _asked(settings, template, prompts, prompts.records[: settings.limit or None])
     return _write_samples(settings, policy, template, world, asked)
 
 
-def _named(policy: str) -> tuple[str, str]:
-    name, found, folder = policy.partition("=")
-    return (name, folder) if found else (Path(policy).name, policy)
+def _named(policies: Sequence[str]) -> dict[str, str]:
+    """Folders by the names that they are shown under. Raises PlauditError where two have one name."""
+    named: dict[str, str] = {}
+    for policy in policies:
+        name, _, folder = policy.partition("=") if "=" in policy else (Path(policy).name, "", policy)
+        if not (name and folder) or name in named:
+            problem = f"two are called {name!r}" if name in named else f"{policy!r} has no name or no folder"
+            raise PlauditError(f"policies: {problem}: write name=folder for each.")
+        named[name] = folder
+    if not named:
+        raise PlauditError("policies: there are none: write name=folder for each.")
+    return named
+
+
+def _asked(settings: Common, template: Template, loaded: Loaded[Prompt], chosen: list[Prompt]) -> list[Asked]:
+    """Prompts as token ids; the terminal is told what was left out."""
+    from plaudit.hooks import tell
+
+    asked, notes = asked_of(chosen, template, settings.max_prompt_tokens)
+    for note in (*left_out(loaded), *notes):
+        tell(note)
+    return asked
 
 
 def _load(model: str, world: World, temperature: float) -> tuple[Policy, Template]:
@@ -91,16 +116,15 @@ def _limits(settings: Any, template: Template, **filters: Any) -> Sampling:
 # -------------------------------------------------------------------------------------------------------- comparing
 
 
-def _compare(settings: Evaluate, named: dict[str, str], reference: str, prompts: list[Prompt], run: Run) -> None:
+def _compare(settings: Evaluate, named: dict[str, str], reference: str, prompts: Loaded[Prompt], run: Run) -> None:
     from plaudit import comparing, hooks
     from plaudit.rewards import load_rewards
 
     started = time.perf_counter()
     world = start_world(settings)
     policy, template = _load(reference, world, settings.temperature)
-    distinct = list({data.key_of(prompt.prompt): prompt for prompt in prompts}.values())
-    asked, _ = asked_of(distinct, template, settings.max_prompt_tokens)
-    asked = asked[: settings.prompts]
+    distinct = list({data.key_of(prompt.prompt): prompt for prompt in prompts.records}.values())
+    asked = _asked(settings, template, prompts, distinct)[: settings.prompts]
     bar, task = hooks.progress_bar("evaluate", len(asked) * len(named), unit="completions")
     sampled = {}
     with bar:
@@ -115,10 +139,10 @@ def _compare(settings: Evaluate, named: dict[str, str], reference: str, prompts:
                 world,
                 seed=settings.seed,
                 rows=settings.rows,
-                advance=partial(bar.advance, task),
+                advance=partial(_advance, bar, task),
             )
             logprobs = comparing.total_logprobs(own, batch, world, 4096)
-            kept = comparing.total_logprobs(policy, batch, world, 4096)
+            kept = logprobs if own is policy else comparing.total_logprobs(policy, batch, world, 4096)
             sampled[name] = (batch, texts, logprobs, kept)
     options: dict[str, Any] = {"precision": world.precision, "device": world.device}
     rewards = load_rewards(settings.rewards, weights=settings.reward_weights, **options)
@@ -202,12 +226,15 @@ def _write_samples(settings: Sample, policy: Policy, template: Template, world: 
                     "truncated": cut,
                 }
                 lines.append(json.dumps(row, ensure_ascii=False))
-            bar.advance(task, len(part))
+            _advance(bar, task, len(part))
     path = Path(settings.output)
-    if path.exists():
-        raise PlauditError(f"output: {path} exists already: name another file, or remove it.")
     write_atomically(path, "\n".join(lines) + "\n")
     return path
+
+
+def _advance(bar: Progress, task: TaskID, count: int) -> None:
+    bar.advance(task, count)
+    bar.update(task, rate=f"{bar.tasks[0].speed or 0:.1f} a second")
 
 
 def _interactive(settings: Sample, policy: Policy, template: Template, world: World) -> None:
@@ -222,8 +249,13 @@ def _interactive(settings: Sample, policy: Policy, template: Template, world: Wo
     generator = torch.Generator().manual_seed(settings.seed)
     chat = bool(template.tokenizer.chat_template)
     hooks.tell("Type a prompt; an empty line ends." + (" The model is asked as an assistant." if chat else ""))
-    while text := Ask.ask("[bold]prompt[/]", default="", show_default=False):
-        ids = template.prompt([{"role": "user", "content": text}] if chat else text)
-        drawn = sampler.sample([ids], limits, settings.n, generator)
-        for completion in drawn.completions:
-            print(template.decode(completion), flush=True)
+    with suppress(EOFError):  # ctrl-D, or the end of what was piped in
+        while text := Ask.ask("[bold]prompt[/]", default="", show_default=False):
+            ids = template.prompt([{"role": "user", "content": text}] if chat else text)
+            try:
+                drawn = sampler.sample([ids], limits, settings.n, generator)
+            except PlauditError as error:  # too long, most likely: the next may not be
+                hooks.tell(str(error))
+                continue
+            for completion in drawn.completions:
+                print(template.decode(completion), flush=True)

@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 
 from plaudit.backbone import layers_of, load_backbone, logit_transform, tail_of
-from plaudit.batch import collate
+from plaudit.batch import Batch, collate
 from plaudit.checks import check_model
 from plaudit.errors import PlauditError
 from plaudit.layout import padded, shared
@@ -89,20 +89,26 @@ def load_reward_model(
     lora_alpha: float = 16.0,
     learns: bool = True,
 ) -> Policy:
-    """A sequence classifier with one output (`learns=False`: all of it frozen). On a model that has no such head yet, a new one is drawn from
-    N(0, 1/(d+1)) (Ziegler et al. 2019), and the padding token is made another than the end token, since Hugging
-    Face classifiers read the score at the last token that is not padding."""
+    """A sequence classifier with one output (`learns=False`: all of it frozen). On a model that has no such head
+    yet, a new one is drawn from N(0, 1/(d+1)) (Ziegler et al. 2019), and the padding token is made another than the
+    end token, since Hugging Face classifiers read the score at the last token that is not padding."""
     from transformers import AutoModelForSequenceClassification
 
     new = not _is_classifier(name)
     model = load_backbone(name, AutoModelForSequenceClassification, **({"num_labels": 1} if new else {}))
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise PlauditError(
+            f"model: {name!r} ({type(model).__name__}) does not score the last token of a causal model, so it cannot "
+            "be a reward model here; a probability of its labels can be a reward: 'label:LABEL@MODEL'."
+        )
     if model.config.num_labels != 1:
         raise PlauditError(f"model: {name!r} is a classifier of {model.config.num_labels} labels, not a reward model.")
     if new:
         _distinct_padding(model, tokenizer)
         nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.config.get_text_config().hidden_size + 1))
     policy = _prepare(model, "SEQ_CLS", train_layers, lora_rank, lora_alpha)
-    model.score.requires_grad_(True)
+    if not lora_rank:  # the adapter brings a head of its own
+        model.score.requires_grad_(True)
     if not learns:
         policy.requires_grad_(False)
     return _finish(policy, name, precision)
@@ -155,7 +161,8 @@ def _distinct_padding(model: nn.Module, tokenizer: Any) -> None:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(others[-1])
         else:
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-            model.resize_token_embeddings(len(tokenizer))
+            if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+                model.resize_token_embeddings(len(tokenizer))
     config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
 
 
@@ -164,6 +171,7 @@ def _prepare(model: nn.Module, task: str, train_layers: int, lora_rank: int, lor
         raise PlauditError("train_layers and lora_rank exclude each other: an adapter already leaves the rest frozen.")
     if lora_rank:
         from peft import LoraConfig, TaskType, get_peft_model
+        from transformers.pytorch_utils import Conv1D
 
         head = ["score"] if task == "SEQ_CLS" else None
         options = LoraConfig(
@@ -172,6 +180,7 @@ def _prepare(model: nn.Module, task: str, train_layers: int, lora_rank: int, lor
             lora_alpha=lora_alpha,
             lora_dropout=0.0,
             target_modules="all-linear",
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's
             modules_to_save=head,
         )
         adapter = get_peft_model(model, options)
@@ -213,20 +222,33 @@ def _probe(policy: Policy) -> None:
     ids = list(spread)[:8] if len(spread) >= 8 else [1] * 8
     batch = collate([ids[:3], ids[:3]], [ids[3:6], ids[6:8]], groups=[0, 0]).to(policy.device)
     plain, _ = policy._run(batch, padded(batch, policy.width))
-    kept = batch.attention.flatten()
     if policy.rearranges:
-        layout = shared(batch, policy.width)
+        policy.rearranges = _packs(policy, batch, plain)
+    if policy.plain_head:
+        policy.plain_head = _has_plain_head(policy, batch, plain)
+
+
+def _packs(policy: Policy, batch: Batch, plain: torch.Tensor) -> bool:
+    layout = shared(batch, policy.width)
+    try:
         packed, _ = policy._run(batch, layout)
-        same = layout.collect(packed.view(*layout.source.shape, -1)).flatten(0, 1)
-        policy.rearranges = _close(same[kept], plain[kept])
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False  # some models take no mask of this shape, and each says so in its own way
+    kept = batch.attention.flatten()
+    return _close(layout.collect(packed.view(*layout.source.shape, -1)).flatten(0, 1)[kept], plain[kept])
+
+
+def _has_plain_head(policy: Policy, batch: Batch, plain: torch.Tensor) -> bool:
     head = policy.backbone.get_output_embeddings()
-    if head is not None:
-        scale, cap = logit_transform(policy.config)
-        logits = nn.functional.linear(plain, head.weight, head.bias) * scale
-        logits = torch.tanh(logits / cap) * cap if cap else logits
-        policy.plain_head = False
-        _, own = policy._run(batch, padded(batch, policy.width))
-        policy.plain_head = own is not None and _close(logits[kept], own[kept])
+    if head is None:
+        return hasattr(policy.backbone, "score")
+    scale, cap = logit_transform(policy.config)
+    logits = nn.functional.linear(plain, head.weight, head.bias) * scale
+    logits = torch.tanh(logits / cap) * cap if cap else logits
+    policy.plain_head = False
+    _, own = policy._run(batch, padded(batch, policy.width))
+    kept = batch.attention.flatten()
+    return own is not None and _close(logits[kept], own[kept])
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:

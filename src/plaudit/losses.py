@@ -75,8 +75,6 @@ def plackett_luce(scores: Tensor, ranks: Tensor, mask: Tensor) -> tuple[Tensor, 
     Statistics: accuracy (the item with the highest score has the best rank).
     """
     among = mask[:, None, :] & (ranks[:, None, :] >= ranks[:, :, None])
-    # An item outside the mask sees itself alone, for the logarithm of an empty sum has no gradient.
-    among = among | torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
     partition = torch.where(among, scores[:, None, :], -torch.inf).logsumexp(2)
     first = scores.detach().masked_fill(~mask, -torch.inf).argmax(1, keepdim=True)
     worse_first = (mask & (ranks < ranks.gather(1, first))).any(1)

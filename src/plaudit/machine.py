@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
 
 
+def processes() -> tuple[int, int]:
+    """(which process this is, of how many), as the launcher says."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def forget_peak() -> None:
     """Starts the peak memory count anew, where the system can (Linux)."""
-    counter = Path("/proc/self/clear_refs")
-    if counter.exists():
-        counter.write_text("5")
+    with suppress(OSError):  # elsewhere the file is missing, and some sandboxes let nobody write to it
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_mb() -> float:
@@ -31,8 +37,9 @@ def precision(asked: str, device: str | None) -> str:
 
     if asked != "auto":
         return asked
-    if device in (None, "cuda") and torch.cuda.is_available():
+    kind = device and device.partition(":")[0]
+    if kind in (None, "cuda") and torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    if device in (None, "cpu") and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+    if kind in (None, "cpu") and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return "bfloat16"
     return "float32"

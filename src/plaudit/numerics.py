@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -39,19 +39,25 @@ def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, torch.zeros_like(x)).sum()
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """() the mean of x where the mask is True; 0 for an empty mask."""
-    return masked_sum(x, mask) / mask.sum().clamp(min=1)
+def _own(total: Tensor) -> Tensor:
+    return total
 
 
-def standardise(x: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+def masked_mean(x: Tensor, mask: Tensor, summed: Callable[[Tensor], Tensor] = _own) -> Tensor:
+    """() the mean of x where the mask is True; 0 for an empty mask. `summed` adds a number up over processes."""
+    return summed(masked_sum(x, mask)) / summed(mask.sum()).clamp(min=1)
+
+
+def standardise(
+    x: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8, summed: Callable[[Tensor], Tensor] = _own
+) -> Tensor:
     """x over its standard deviation where the mask is True, and 0 elsewhere.
 
     The variance is the biased one, as in Ziegler et al. 2019 (arXiv:1909.08593). With `shift_mean` False the mean
-    stays where it was.
+    stays where it was. `summed` adds a number up over processes, whose x are then parts of one.
     """
-    mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean).square(), mask)
+    mean = masked_mean(x, mask, summed)
+    variance = masked_mean((x - mean).square(), mask, summed)
     scaled = (x - mean) * torch.rsqrt(variance + eps)
     return torch.where(mask, scaled if shift_mean else scaled + mean, torch.zeros_like(x))
 
@@ -212,21 +218,20 @@ class _Projection:
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """See `token_logprobs`. Autocast is off inside: it would convert the head anew for every chunk."""
+    """See `token_logprobs`. Products are written where they belong by `out=`, which autocast leaves alone too."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softmax: _Softmax
     ) -> tuple[Tensor, Tensor | None]:
-        with torch.autocast(hidden.device.type, enabled=False):
-            projection = _Projection.of(hidden, weight, bias, targets, softmax)
-            chosen = projection.empty()
-            entropy = projection.empty() if softmax.with_entropy else None
-            direction = torch.empty_like(hidden) if softmax.direct else None
-            pulls = (softmax.gain(chosen), torch.zeros_like(chosen)) if softmax.direct else ()
-            for rows, raw in projection.chunks(chosen, entropy, pulls):
-                if direction is not None:
-                    torch.mm(raw, projection.weight, out=direction[rows])
+        projection = _Projection.of(hidden, weight, bias, targets, softmax)
+        chosen = projection.empty()
+        entropy = projection.empty() if softmax.with_entropy else None
+        direction = torch.empty_like(hidden) if softmax.direct else None
+        pulls = (softmax.gain(chosen), torch.zeros_like(chosen)) if softmax.direct else ()
+        for rows, raw in projection.chunks(chosen, entropy, pulls):
+            if direction is not None:
+                torch.mm(raw, projection.weight, out=direction[rows])
         ctx.softmax = softmax
         ctx.save_for_backward(*((direction,) if softmax.direct else (hidden, weight, bias, targets)))
         return chosen, entropy
@@ -238,21 +243,21 @@ class _TokenLogprobs(torch.autograd.Function):
             (direction,) = ctx.saved_tensors
             return (to_chosen[:, None] * direction).to(direction.dtype), None, None, None, None
         hidden, weight, bias, targets = ctx.saved_tensors
-        needed = ctx.needs_input_grad
+        needed, wide = ctx.needs_input_grad, _wide(hidden)
         into_hidden = torch.empty_like(hidden) if needed[0] else None
-        into_weight = torch.zeros_like(weight, dtype=_wide(hidden)) if needed[1] else None
-        into_bias = torch.zeros_like(bias, dtype=_wide(hidden)) if needed[2] else None
-        with torch.autocast(hidden.device.type, enabled=False):
-            projection = _Projection.of(hidden, weight, bias, targets, ctx.softmax)
-            gain = ctx.softmax.gain(to_chosen)
-            pulls = (to_chosen * gain, torch.zeros_like(gain) if to_entropy is None else to_entropy * gain)
-            for rows, raw in projection.chunks(projection.empty(), None, pulls):
-                if into_hidden is not None:
-                    torch.mm(raw, projection.weight, out=into_hidden[rows])
-                if into_weight is not None:
-                    into_weight += raw.t() @ hidden[rows]
-                if into_bias is not None:
-                    into_bias += raw.sum(0, dtype=into_bias.dtype)
+        into_weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
+        into_bias = torch.zeros_like(bias, dtype=wide) if needed[2] else None
+        share = torch.empty_like(weight, dtype=hidden.dtype) if needed[1] else None
+        projection = _Projection.of(hidden, weight, bias, targets, ctx.softmax)
+        gain = ctx.softmax.gain(to_chosen)
+        pulls = (to_chosen * gain, torch.zeros_like(gain) if to_entropy is None else to_entropy * gain)
+        for rows, raw in projection.chunks(projection.empty(), None, pulls):
+            if into_hidden is not None:
+                torch.mm(raw, projection.weight, out=into_hidden[rows])
+            if into_weight is not None:
+                into_weight += torch.mm(raw.t(), hidden[rows], out=share)
+            if into_bias is not None:
+                into_bias += raw.sum(0, dtype=wide)
         weight_gradient = None if into_weight is None else into_weight.to(weight.dtype)
         bias_gradient = None if into_bias is None else into_bias.to(bias.dtype)
         return into_hidden, weight_gradient, bias_gradient, None, None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from plaudit.backbone import (
+    evaluating,
     layers_of,
     logit_transform,
     owner_of_layers,
@@ -79,7 +80,7 @@ class Policy(nn.Module):
         self.width: int = self.config.get_text_config().hidden_size
         self.rearranges = takes_masks(backbone)
         self.window = window_of(self.config)
-        self.plain_head = True
+        self.plain_head = self.base is not backbone
         self.stored_dtype = torch.float32  # of the folder that the model came from
         self.autocasts = False  # whether it is going to run under bfloat16 autocast
         self._cast_head: Tensor | None = None
@@ -147,10 +148,9 @@ class Policy(nn.Module):
             raise _Reached
 
         layout = self.layout(batch)
-        handle = layers_of(self.base)[self.frozen].register_forward_pre_hook(stop, with_kwargs=True)
-        with suppress(_Reached):
+        hook = layers_of(self.base)[self.frozen].register_forward_pre_hook(stop, with_kwargs=True)
+        with hook, evaluating(self.backbone), suppress(_Reached):
             self._run(batch, layout)
-        handle.remove()
         return layout.collect(caught[0])
 
     def _replayed(self, batch: Batch, layout: Layout) -> tuple[Tensor, Tensor | None]:
@@ -217,20 +217,19 @@ class Policy(nn.Module):
     def as_reference(self) -> Iterator[None]:
         """Inside, `forward` answers as the reference does. Raises PlauditError if none was kept."""
         if self.adapter is not None:
-            with self.adapter.disable_adapter():
+            with self.adapter.disable_adapter(), evaluating(self.backbone):
                 yield
             return
         if not self._reference:
             raise PlauditError("this policy keeps no reference: leave the KL term out, or call keep_reference() first.")
         kept = self._reference[0]
         if not self.frozen:
-            with replaced(self, {"backbone": kept["all"]}):
-                own, self._cast_head = self._cast_head, None
+            with replaced(self, {"backbone": kept["all"], "_cast_head": None}):
                 yield
-                self._cast_head = own
             return
         layers = {self.frozen + i: layer for i, layer in enumerate(kept["layers"])}
-        with swapped(layers_of(self.base), layers), replaced(owner_of_layers(self.base), dict(kept["tail"].items())):
+        tail = replaced(owner_of_layers(self.base), dict(kept["tail"].items()))
+        with evaluating(self.backbone), swapped(layers_of(self.base), layers), tail:
             yield
 
 

@@ -4,8 +4,11 @@ the paths and the data have been looked at."""
 from __future__ import annotations
 
 import dataclasses
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plaudit import checks, config, data, machine, sources
@@ -14,6 +17,7 @@ from plaudit.records import Comparison, Demonstration, Loaded, Prompt, Ranking, 
 from plaudit.run import Run
 from plaudit.settings import PPO, SFT, Reward
 from plaudit.settings.common import Common, Training
+from plaudit.settings.policy_gradient import OnPolicy
 
 if TYPE_CHECKING:
     from plaudit.algorithms.base import Algorithm
@@ -33,31 +37,27 @@ def train(settings: Training) -> Run:
     A run that was interrupted goes on where it was; one that is finished is left as it is. Raises PlauditError
     for what the user can put right, and `trainer.Interrupted` after SIGINT or SIGTERM.
     """
-    settings = config.check(settings)
-    checks.check_data(settings.data)
-    checks.check_data(settings.eval_data)
-    checks.check_rewards(listed(getattr(settings, "rewards", ())))
-    settings = dataclasses.replace(settings, model=sources.resolve(settings.model))
-    checks.check_model(settings.model)
-    loaded = load_records(settings)
-    with Run.open(
-        settings.output, {"verb": config.verb_of(type(settings)), **dataclasses.asdict(settings)}, FREE
-    ) as run:
-        if run.finished:
-            _say(f"{run.folder}: already complete.")
+    settings, loaded = prepare(settings)
+    rank, size = machine.processes()
+    # The first of several processes writes the folder; the others read there, and hear from it what is done.
+    with opened(settings, FREE) if rank == 0 else Run(Path(settings.output), -1) as run:
+        world = start_world(settings) if size > 1 else None
+        if run.finished if world is None else world.share(run.finished):
+            if rank == 0:
+                _say(f"{run.folder}: already complete.")
             return run
-        _fit(settings, loaded, run)
+        _fit(settings, loaded, run, world)
         return run
 
 
-def _fit(settings: Training, loaded: Data, run: Run) -> None:
+def _fit(settings: Training, loaded: Data, run: Run, world: World | None) -> None:
     from plaudit import hooks
     from plaudit.loading import save_pretrained
     from plaudit.trainer import Trainer
 
     machine.forget_peak()
     started = time.perf_counter()
-    world = start_world(settings)
+    world = world or start_world(settings)
     algorithm, tokenizer = _BUILDERS[type(settings)](settings, world, loaded)
     named = config.verb_of(type(settings))
     trainer = Trainer(
@@ -81,6 +81,20 @@ def _fit(settings: Training, loaded: Data, run: Run) -> None:
     world.barrier()
 
 
+@contextmanager
+def opened(settings: Common, free: Collection[str]) -> Iterator[Run]:
+    """The run of these settings. Where a mistake ends it before anything is done, the settings are not kept: the
+    corrected command would be refused for differing from them."""
+    named = config.verb_of(type(settings))
+    with Run.open(settings.output, {"verb": named, **dataclasses.asdict(settings)}, free) as run:
+        try:
+            yield run
+        except PlauditError:
+            if not (run.finished or run.metrics() or run.checkpoints.exists()):
+                (run.folder / "config.yaml").unlink()
+            raise
+
+
 # -------------------------------------------------------------------------------------------------- before the model
 
 
@@ -93,17 +107,33 @@ class Data:
     notes: list[str]
 
 
+def prepare(settings: Training) -> tuple[Training, Data]:
+    """Checked settings, with the model pulled if it is one that plaudit knows, and the records: all that can be known
+    to be wrong before a model is loaded. Raises PlauditError."""
+    settings = config.check(settings)
+    checks.check_data(settings.data)
+    checks.check_data(settings.eval_data)
+    checks.check_model(settings.model)
+    if isinstance(settings, OnPolicy):
+        checks.check_rewards(listed(settings.rewards))
+        checks.check_rollout(settings.rollout, settings.batch_size, settings.group)
+    loaded = load_records(settings)
+    return dataclasses.replace(settings, model=sources.resolve(settings.model, _say)), loaded
+
+
 def load_records(settings: Training) -> Data:
     """What a run trains on and holds out, read before any model is. Raises PlauditError."""
     kind = {SFT: Demonstration, PPO: Prompt}.get(type(settings)) or _judgement_kind(settings)
     loaded = data.load(settings.data, kind, settings.split)
+    notes = left_out(loaded)
     if settings.eval_data is not None:
-        training, held = loaded.records, data.load(settings.eval_data, kind, settings.split).records
+        other = data.load(settings.eval_data, kind, settings.split)
+        training, held, notes = loaded.records, other.records, notes + left_out(other)
     else:
         training, held = data.hold_out(loaded.records, settings.holdout, lambda record: record.prompt)
     if not training:
         raise PlauditError(f"data: nothing is left to train on with holdout {settings.holdout}: lower it.")
-    return Data(training, held[: settings.eval_limit], _left_out(loaded))
+    return Data(training, held[: settings.eval_limit], notes)
 
 
 def _judgement_kind(settings: Training) -> type[Any]:
@@ -115,7 +145,8 @@ def _judgement_kind(settings: Training) -> type[Any]:
     return Rating
 
 
-def _left_out(loaded: Loaded[Any]) -> list[str]:
+def left_out(loaded: Loaded[Any]) -> list[str]:
+    """A sentence for each reason why rows were left out."""
     return [
         f"{len(places)} rows left out: {reason} (the first is {places[0]})" for reason, places in loaded.dropped.items()
     ]
@@ -137,21 +168,48 @@ def _say(message: str) -> None:
 
 def start_world(settings: Common) -> World:
     """Seeds, threads, device and number type that the settings ask for."""
+    import numpy as np
     import torch
 
     from plaudit.world import World
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    # plaudit itself draws from torch's generator alone, but reward functions may draw from any.
+    random.seed(settings.seed)
+    np.random.seed(settings.seed % 2**32)
     torch.manual_seed(settings.seed)
     return World.start(machine.precision(settings.precision, settings.device), settings.device)
 
 
-def _policy(settings: Training, world: World, value_head: bool = False) -> tuple[Policy, Any, Template]:
-    from plaudit.loading import load_policy, load_tokenizer
+def template_of(settings: Training) -> Template:
+    """How this run writes its texts."""
+    from plaudit.loading import end_every_text, load_tokenizer
     from plaudit.templates import Template
 
     tokenizer = load_tokenizer(settings.model)
+    if isinstance(settings, Reward):
+        end_every_text(tokenizer)
+    return Template(tokenizer)
+
+
+def encode(settings: Training, template: Template, loaded: Data) -> list[Any]:
+    """What a run learns from, as token ids; what is too long for it is counted in the notes. Raises PlauditError if
+    all of it is."""
+    if isinstance(settings, SFT):
+        items: list[Any] = [template.encode(d.prompt, d.completion) for d in loaded.training]
+        kept, notes = data.within(items, len, settings.max_tokens, "demonstration")
+    elif isinstance(settings, Reward):
+        kept, notes = data.within(_judged(loaded.training, template), len, settings.max_tokens, "text")
+    else:
+        kept, notes = asked_of(loaded.training, template, settings.max_prompt_tokens)
+    loaded.notes += notes
+    return kept
+
+
+def _policy(settings: Training, world: World, value_head: bool = False) -> Policy:
+    from plaudit.loading import load_policy
+
     policy = load_policy(
         settings.model,
         precision=world.precision,
@@ -160,46 +218,38 @@ def _policy(settings: Training, world: World, value_head: bool = False) -> tuple
         lora_alpha=settings.lora_alpha,
         value_head=value_head,
     )
-    return policy.to(world.device), tokenizer, Template(tokenizer)
+    return policy.to(world.device)
 
 
 def _sft(settings: SFT, world: World, loaded: Data) -> tuple[Algorithm, Any]:
     from plaudit.algorithms.sft import SupervisedFineTuning
 
-    policy, tokenizer, template = _policy(settings, world)
-    training, notes = data.within(
-        [template.encode(d.prompt, d.completion) for d in loaded.training], len, settings.max_tokens, "demonstration"
-    )
-    held = [template.encode(d.prompt, d.completion) for d in loaded.held]
-    loaded.notes += notes
+    template = template_of(settings)
+    training = encode(settings, template, loaded)
+    held = [row for d in loaded.held if len(row := template.encode(d.prompt, d.completion)) <= settings.max_tokens]
+    policy = _policy(settings, world)
     policy.train(settings.dropout)
-    return SupervisedFineTuning(
-        settings, world, policy, training, [row for row in held if len(row) <= settings.max_tokens]
-    ), tokenizer
+    return SupervisedFineTuning(settings, world, policy, training, held), template.tokenizer
 
 
 def _reward(settings: Reward, world: World, loaded: Data) -> tuple[Algorithm, Any]:
     from plaudit.algorithms.reward import FromComparisons, FromRankings, FromRatings
-    from plaudit.loading import end_every_text, load_reward_model, load_tokenizer
-    from plaudit.templates import Template
+    from plaudit.loading import load_reward_model
 
-    tokenizer = load_tokenizer(settings.model)
-    end_every_text(tokenizer)
+    template = template_of(settings)
+    training = encode(settings, template, loaded)
+    held = [item for item in _judged(loaded.held, template) if len(item) <= settings.max_tokens]
     policy = load_reward_model(
         settings.model,
-        tokenizer,
+        template.tokenizer,
         precision=world.precision,
         train_layers=settings.train_layers,
         lora_rank=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
     ).to(world.device)
-    template = Template(tokenizer)
-    training, notes = data.within(_judged(loaded.training, template), len, settings.max_tokens, "text")
-    loaded.notes += notes
-    held = [item for item in _judged(loaded.held, template) if len(item) <= settings.max_tokens]
     policy.train(settings.dropout)
     kinds = {Comparison: FromComparisons, Ranking: FromRankings, Rating: FromRatings}
-    return kinds[type(loaded.training[0])](settings, world, policy, training, held), tokenizer
+    return kinds[type(loaded.training[0])](settings, world, policy, training, held), template.tokenizer
 
 
 def _judged(records: list[Any], template: Template) -> list[Judged]:
@@ -224,9 +274,9 @@ def _ppo(settings: PPO, world: World, loaded: Data) -> tuple[Algorithm, Any]:
     from plaudit.rewards import load_rewards
     from plaudit.sampler import LocalSampler
 
-    policy, tokenizer, template = _policy(settings, world, value_head=True)
-    training, notes = asked_of(loaded.training, template, settings.max_prompt_tokens)
-    loaded.notes += notes
+    template = template_of(settings)
+    training = encode(settings, template, loaded)
+    policy = _policy(settings, world, value_head=True)
     rewards = load_rewards(
         settings.rewards,
         weights=settings.reward_weights,
@@ -237,38 +287,20 @@ def _ppo(settings: PPO, world: World, loaded: Data) -> tuple[Algorithm, Any]:
         tokens_per_pass=settings.tokens_per_pass,
     )
     sampler = LocalSampler(policy.backbone, template.decode, dtype=world.sampling_dtype)
-    held: list[Asked] = []
-    return ProximalPolicyOptimisation(settings, world, policy, template, sampler, rewards, training, held), tokenizer
+    held = [asked for asked in _encoded(loaded.held, template) if len(asked) <= settings.max_prompt_tokens]
+    algorithm = ProximalPolicyOptimisation(settings, world, policy, template, sampler, rewards, training, held)
+    return algorithm, template.tokenizer
 
 
 def asked_of(records: list[Prompt], template: Template, limit: int) -> tuple[list[Asked], list[str]]:
     """Prompts as token ids, and a sentence about those that are too long."""
+    return data.within(_encoded(records, template), len, limit, "prompt")
+
+
+def _encoded(records: list[Prompt], template: Template) -> list[Asked]:
     from plaudit.algorithms.on_policy import Asked
 
-    asked = [Asked(record, template.prompt(record.prompt)) for record in records]
-    return data.within(asked, len, limit, "prompt")
-
-
-def describe(settings: Training, model: str, record: Any) -> Any:
-    """One record as the model will see it: a rich text with the actions in green."""
-    from rich.text import Text
-
-    from plaudit.loading import load_tokenizer
-    from plaudit.templates import Template
-
-    template = Template(load_tokenizer(model))
-    if isinstance(record, Demonstration):
-        row = template.encode(record.prompt, record.completion)
-        pieces = [(i, False) for i in row.prompt] + list(zip(row.completion, row.actions, strict=True))
-    elif isinstance(record, Prompt):
-        pieces = [(i, False) for i in template.prompt(record.prompt)]
-    else:
-        pieces = [(i, False) for i in _judged([record], template)[0].texts[0]]
-    shown = Text()
-    for token, acting in pieces:
-        text = template.tokenizer.decode([token]).replace("\n", "\\n")
-        shown.append(text, style="black on green" if acting else "dim")
-    return shown
+    return [Asked(record, template.prompt(record.prompt)) for record in records]
 
 
 _BUILDERS: dict[type, Callable[..., tuple[Algorithm, Any]]] = {SFT: _sft, Reward: _reward, PPO: _ppo}

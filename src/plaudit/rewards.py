@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from plaudit.advantages import RunningMoments
 from plaudit.batch import collate
+from plaudit.checks import check_model
 from plaudit.errors import PlauditError
 from plaudit.loading import load_reward_model, load_tokenizer
 from plaudit.policy import Policy
@@ -37,11 +39,16 @@ def load_function(spec: str, folder: Path | None = None) -> Callable[..., Any]:
         assert module_spec is not None
         assert module_spec.loader is not None
         module = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
+        sys.modules[module.__name__] = module  # dataclasses and pickle look a function's module up there
+        try:
+            module_spec.loader.exec_module(module)
+        except Exception as error:
+            raise PlauditError(f"reward {spec!r}: {place} cannot be run: {_told(error)}") from error
     else:
-        if importlib.util.find_spec(place) is None:
-            raise PlauditError(f"reward {spec!r}: there is no module {place!r}.")
-        module = importlib.import_module(place)
+        try:
+            module = importlib.import_module(place)
+        except ImportError as error:
+            raise PlauditError(f"reward {spec!r}: cannot import {place!r}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
         functions = ", ".join(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
@@ -74,15 +81,22 @@ class LabelReward:
     def __init__(self, model: str, label: str, device: torch.device) -> None:
         from transformers import pipeline
 
+        check_model(model)
         self.label = label
-        self.pipeline = pipeline("text-classification", model=model, top_k=None, truncation=True, device=device)
-        names = sorted(self.pipeline.model.config.id2label.values())
+        try:
+            self.pipeline = pipeline("text-classification", model=model, top_k=None, truncation=True, device=device)
+        except (OSError, ValueError) as error:
+            raise PlauditError(f"reward: cannot load {model!r}: {str(error).splitlines()[0]}") from error
+        config, tokenizer = self.pipeline.model.config, self.pipeline.tokenizer
+        names = sorted(config.id2label.values())
         if label not in names:
             raise PlauditError(f"reward: {model!r} has no label {label!r}; its labels are {', '.join(names)}.")
+        tokenizer.model_max_length = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 2**31))
+        self.rows = 1 if None in (config.pad_token_id, tokenizer.pad_token_id) else 32
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-        texts = [p + c for p, c in zip(prompts, completions, strict=True)]
-        results = self.pipeline(texts, batch_size=32)
+    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
+        texts = [_said(p, c) for p, c in zip(prompts, completions, strict=True)]
+        results = self.pipeline(texts, batch_size=self.rows)
         return [next(row["score"] for row in rows if row["label"] == self.label) for rows in results]
 
 
@@ -92,8 +106,16 @@ class CountReward:
     def __init__(self, text: str) -> None:
         self.text = text
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-        return [float(min((p + c).count(self.text), 100)) for p, c in zip(prompts, completions, strict=True)]
+    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
+        return [float(min(_said(p, c).count(self.text), 100)) for p, c in zip(prompts, completions, strict=True)]
+
+
+def _said(prompt: Text, completion: Text) -> str:
+    """Both as one text; the turns of a conversation one below the other, without roles."""
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt + completion
+    parts = [[text] if isinstance(text, str) else [turn["content"] for turn in text] for text in (prompt, completion)]
+    return "\n".join(parts[0] + parts[1])
 
 
 class Rewards:
@@ -114,7 +136,12 @@ class Rewards:
         """(n,) float32. Raises PlauditError for a source that fails or returns what is not n finite numbers."""
         total = torch.zeros(len(prompts))
         for (name, source), weight in zip(self.sources.items(), self.weights, strict=True):
-            values = source(prompts=list(prompts), completions=list(completions), **columns)
+            try:
+                values = source(prompts=list(prompts), completions=list(completions), **columns)
+            except PlauditError:
+                raise
+            except Exception as error:
+                raise PlauditError(f"reward {name!r} failed: {_told(error)}") from error
             total += weight * torch.tensor(_checked(name, values, len(prompts)))
         return total
 
@@ -127,13 +154,29 @@ class Rewards:
 
 
 def _checked(name: str, values: Any, count: int) -> list[float]:
-    values = values.tolist() if isinstance(values, Tensor) else list(values)
+    values = values.tolist() if isinstance(values, Tensor) else values
+    if not isinstance(values, Iterable) or isinstance(values, str | Mapping):
+        raise PlauditError(f"reward {name!r} returned {values!r:.60}: it must be one number for each completion.")
+    values = list(values)
     if len(values) != count:
         raise PlauditError(f"reward {name!r} returned {len(values)} values for {count} completions.")
     for i, value in enumerate(values):
-        if isinstance(value, str | None) or not math.isfinite(value):
+        if not _is_finite(value):
             raise PlauditError(f"reward {name!r} returned {value!r} for completion {i}: it must be a finite number.")
     return [float(value) for value in values]
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError, RuntimeError):  # of what is no number, or several
+        return False
+
+
+def _told(error: Exception) -> str:
+    """An error of the user's own code: what, and where."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
 
 
 def load_rewards(
@@ -151,6 +194,8 @@ def load_rewards(
     device = device or torch.device("cpu")
     sources: dict[str, Source] = {}
     for spec in [specs] if isinstance(specs, str) else specs:
+        if spec in sources:
+            raise PlauditError(f"reward {spec!r} is named twice: name it once, with a weight.")
         kind, _, rest = spec.partition(":")
         if kind == "count":
             sources[spec] = CountReward(rest)

@@ -212,22 +212,20 @@ def convert(gguf: Path, folder: Path) -> str:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # Where transformers has a kernel for them it would leave the blocks packed, and those can't be written out.
+    # Where transformers has a kernel for them it would leave the blocks packed, and such a model can't be saved;
+    # before it had kernels it always unpacked them, and had no such setting.
     unpacked = getattr(transformers, "GgufConfig", None)
     options = {"quantization_config": unpacked(dequantize=True)} if unpacked else {}
-    # The new model's random weights are overwritten at once; the caller's random state must not notice them.
-    with torch.random.fork_rng(devices=[]):
-        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **options)
-        settings = read.config.to_dict()
-        # transformers refuses to save a model that still says it is quantised, though its weights no longer are.
-        for key in ("quantization_config", "_model_name_or_path", "_name_or_path"):
-            settings.pop(key, None)
-        model = AutoModelForCausalLM.from_config(type(read.config).from_dict(settings), dtype=torch.bfloat16)
-    model.load_state_dict(read.state_dict())
-    model.generation_config = read.generation_config
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **options)
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.model_max_length = read.config.max_position_embeddings
+    if len(tokenizer) > model.config.vocab_size or tokenizer.eos_token_id != model.config.eos_token_id:
+        # Seen with transformers 5.3, which takes the tokenizer of every llama for SentencePiece.
+        raise PlauditError(
+            f"pull: transformers {transformers.__version__} misreads the tokenizer of {gguf.name}: "
+            "run `pip install --upgrade transformers`."
+        )
+    tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
     return f"A model of {model.num_parameters():,} weights with a vocabulary of {len(tokenizer):,} tokens."
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from plaudit.errors import PlauditError
 from plaudit.records import Text
 
@@ -61,11 +63,12 @@ class Template:
         return self._conversation(turns, _turns(completion, "assistant"))
 
     def text(self, prompt: Text, completion: Text) -> str:
-        """Both as one text, as a reward model reads it."""
+        """Both as one text, as a reward model reads it: without the first token that its tokenizer puts before."""
         if isinstance(prompt, str) and isinstance(completion, str):
             return prompt + completion
         turns = [] if prompt == "" else _turns(prompt, "user")
-        return self._chat(turns + _turns(completion, "assistant"), ask=False)
+        text = self._chat(turns + _turns(completion, "assistant"), ask=False)
+        return text.removeprefix(self.tokenizer.bos_token) if self.opening else text
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
@@ -77,25 +80,28 @@ class Template:
                 "the data holds conversations but the model's tokenizer has no chat template: "
                 "use a chat model, or give `prompt` and `completion` as plain text."
             )
-        text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        try:
+            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        except TemplateError as error:
+            raise PlauditError(f"the model's chat template refuses a conversation of the data: {error}") from error
         return text
 
     def _conversation(self, prompt: list[dict[str, str]], said: list[dict[str, str]]) -> Encoded:
-        """Cuts the rendered conversation before and after each assistant turn, so that no template needs marks."""
-        done = self._chat(prompt, ask=False) if prompt else ""
-        start = self._ids(done)
+        """Cuts the rendered conversation before and after each assistant turn, so that no template needs marks. What
+        comes before the first is what a sampler is asked with; what comes after the last is left out."""
+        start: list[int] | None = None
         ids: list[int] = []
         actions: list[bool] = []
-        for i, turn in enumerate(said):
-            whole = self._chat(prompt + said[: i + 1], ask=False)
-            if turn["role"] == "assistant":
-                asked = self._chat(prompt + said[:i], ask=True) if prompt or i else ""
-                self._extend(ids, actions, asked, done, False)
-                self._extend(ids, actions, whole, asked, True)
+        done = ""
+        for i in (i for i, turn in enumerate(said) if turn["role"] == "assistant"):
+            asked = self._chat(prompt + said[:i], ask=True) if prompt or i else ""
+            if start is None:
+                start = self._ids(asked)
             else:
-                self._extend(ids, actions, whole, done, False)
-            done = whole
-        if not any(actions):
+                self._extend(ids, actions, asked, done, False)
+            done = self._chat(prompt + said[: i + 1], ask=False)
+            self._extend(ids, actions, done, asked, True)
+        if start is None:
             raise PlauditError("a conversation without an assistant turn has nothing to learn from: leave it out.")
         return Encoded(start, ids, actions)
 

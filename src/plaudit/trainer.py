@@ -23,8 +23,11 @@ from plaudit.settings.common import Training
 from plaudit.world import World
 
 
-class Interrupted(Exception):
-    """SIGINT or SIGTERM came: the last finished step is saved, and `code` is the exit status to leave with."""
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM came: the last finished step is saved, and `code` is the exit status to leave with.
+
+    No `Exception`, since it may rise inside a person's reward function, and many of those catch all of them.
+    """
 
     def __init__(self, number: int, step: int) -> None:
         super().__init__(f"stopped at step {step}, which is saved: the same command goes on from there.")
@@ -90,6 +93,7 @@ class Trainer:
             now = time.perf_counter()
             self.seconds += now - start
             start = now
+            self._snapshot()
             for hook in self.hooks:
                 hook.after_step(self)
             if self.world.stop_requested(bool(self._signal)):
@@ -101,6 +105,9 @@ class Trainer:
         self.optimizer = _optimizer(algorithm, self.settings)
         algorithm.model, self.optimizer = self.world.prepare(algorithm.policy, self.optimizer)
         self._resume()
+        if self.world.is_main:
+            # What precedes the first step is done again if that step was not finished.
+            self.run.rewind(self.step or -1)
         self._snapshot()
         for hook in self.hooks:
             hook.begin(self)
@@ -139,7 +146,6 @@ class Trainer:
         self.figures |= algorithm.notes
         algorithm.notes = {}
         algorithm.after_step(self.step)
-        self._snapshot()
 
     def _not_finite(self, batch: Batch) -> None:
         rows = [] if batch.index is None else sorted(set(batch.index.tolist()))
@@ -193,7 +199,6 @@ class Trainer:
         path, skipped = checkpoint.latest(self.run.checkpoints)
         self.messages += skipped
         if path is None:
-            self.run.rewind(-1)
             return
         tree = checkpoint.unpack(*checkpoint.load(path))
         learning = self.algorithm.policy.learning()
@@ -208,7 +213,6 @@ class Trainer:
         self.skipped, self.seconds_before = mine["skipped"], mine["seconds"]
         self.algorithm.restore(mine["algorithm"])
         checkpoint.restore_random_states(mine["random"])
-        self.run.rewind(self.step)
         self.messages.append(f"goes on from step {self.step}")
 
     @contextmanager

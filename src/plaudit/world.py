@@ -83,6 +83,9 @@ class World:
         if deepspeed is not None:
             _check_deepspeed(deepspeed)
         model, optimizer = self.accelerator.prepare(model, optimizer)
+        # DDP would send its buffers round in evaluation too, where ranks may hold different numbers of batches.
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model.broadcast_buffers = False
         self.engine = model if deepspeed is not None else None
         return model, optimizer
 
@@ -168,8 +171,14 @@ class World:
             self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """Leaves the other processes; the last thing a run does."""
+        """Leaves the other processes, once all have come this far: the last thing a run does that went well.
+
+        A rank that failed must not call it, as nobody would come; its launcher ends the others.
+        """
         if self.accelerator is not None:
+            # Waiting together lets gloo's threads let go of the tensors of earlier exchanges. One that still holds some
+            # when the interpreter ends aborts the process (pytorch/pytorch#179291).
+            self.accelerator.wait_for_everyone()
             self.accelerator.end_training()
 
     def _reduce(self, value: Number, operation: Any) -> Number:
@@ -197,9 +206,8 @@ def _device(asked: str | None) -> torch.device:
 def _accelerator(cpu: bool) -> Accelerator:
     from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 
-    # Heads that a loss leaves out have no gradient, so DDP has to look for them. It must not exchange buffers, because
-    # it would in evaluation too, where ranks may hold different numbers of batches.
-    handler = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+    # A loss may leave parameters out (a reward model, its vocabulary head): DDP has to look for those.
+    handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[handler])
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise PlauditError("accelerate config: FSDP version 1 is not supported; set fsdp_version: 2.")

@@ -47,7 +47,9 @@ def imports(path: Path, top_only: bool = False) -> list[tuple[str, int]]:
             found += [(alias.name, node.lineno) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
-            found += [(f"{module}.{alias.name}" if module == "plaudit" else module, node.lineno) for alias in node.names]
+            found += [
+                (f"{module}.{alias.name}" if module == "plaudit" else module, node.lineno) for alias in node.names
+            ]
     return found
 
 

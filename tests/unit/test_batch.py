@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plaudit.batch import Batch, collate, concatenate
+from plaudit.batch import Batch, collate
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 5), st.integers(0, 6)), min_size=1, max_size=12)
 SIZES = st.lists(st.integers(1, 4), min_size=12, max_size=12)
@@ -135,6 +135,15 @@ def test_B29_a_split_holds_every_row_once_and_whole_groups_within_the_budget(
         assert (len(part) + len(extra)) * part.tokens.shape[1] > budget, "a part was closed too early"
 
 
+def test_a_part_may_be_exactly_full() -> None:
+    batch = collate([[1]] * 5, [[2, 3, 4]] * 5)
+    assert [len(part) for part in batch.split(20)] == [5]
+    assert [len(part) for part in batch.split(19)] == [4, 1]
+    assert [len(part) for part in batch.split(8)] == [2, 2, 1]
+    assert [len(part) for part in batch.split(7)] == [1, 1, 1, 1, 1]
+    assert [len(part) for part in batch.split(1)] == [1, 1, 1, 1, 1]
+
+
 @settings(max_examples=30, deadline=None)
 @given(LENGTHS, SIZES, st.integers(0, 2**31))
 def test_a_shuffle_moves_groups_and_not_the_rows_inside_them(
@@ -159,28 +168,3 @@ def test_a_shuffle_shuffles() -> None:
 def test_split_gives_the_parts_without_their_places() -> None:
     whole = rows_of([(1, 1), (2, 4), (1, 2)], [1, 1, 1])
     assert [texts(part) for part in whole.split(6)] == [texts(part) for part, _ in whole.parts(6)]
-
-
-@settings(max_examples=30, deadline=None)
-@given(LENGTHS, SIZES, st.integers(0, 12))
-def test_concatenating_what_was_divided_gives_it_back(
-    lengths: list[tuple[int, int]], sizes: list[int], at: int
-) -> None:
-    whole = rows_of(lengths, sizes)
-    blocks = whole.blocks()
-    cut = min(at, len(blocks))
-    divided = [whole.rows(torch.cat(part)) for part in (blocks[:cut], blocks[cut:]) if part]
-    found = concatenate(divided)
-    assert {name for name, _ in found.tensors().items()} == {name for name, _ in whole.tensors().items()}
-    assert aligned(found, whole)
-    assert found.tokens.shape == whole.tokens.shape
-    assert not found.attention[whole.attention.logical_not()].any()
-
-
-def test_concatenated_groups_stay_apart_even_when_their_ids_were_the_same() -> None:
-    one = collate([[1]] * 3, [[2]] * 3, groups=[5, 5, 7])
-    two = collate([[1]] * 2, [[2, 3]] * 2, groups=[7, 5])
-    joined = concatenate([one, two])
-    assert [block.tolist() for block in joined.blocks()] == [[0, 1], [2], [3], [4]]
-    assert len(joined.groups.unique()) == 4
-    assert joined.actions.int().tolist() == [[0, 1, 0]] * 3 + [[0, 1, 1]] * 2

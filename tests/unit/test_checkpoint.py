@@ -272,7 +272,7 @@ def real_process(tmp_path_factory):
     """Saves killed by SIGKILL, and a save under a file size limit, in processes of their own."""
     script = Path(__file__).parents[1] / "processes" / "killed_saves.py"
     folder = tmp_path_factory.mktemp("killed")
-    done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -255,6 +255,10 @@ def test_plackett_luce_by_hand() -> None:
     loss, stats = plackett_luce(scores, torch.tensor([[1, 1, 2]]), torch.ones(1, 3, dtype=torch.bool))
     assert loss.item() == pytest.approx(math.log(6), rel=1e-12)
     assert stats["accuracy"].item() == 1
+    # The first was not ranked: 2/3 that the second comes before the third, whatever the first's score and rank.
+    loss, stats = plackett_luce(scores, torch.tensor([[9, 1, 2]]), torch.tensor([[False, True, True]]))
+    assert loss.item() == pytest.approx(math.log(1.5), rel=1e-12)
+    assert stats["accuracy"].item() == 1
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])

@@ -154,13 +154,49 @@ def test_B33_in_bfloat16_the_gradient_taken_along_is_the_one_computed_again() ->
     torch.testing.assert_close(*gradients, rtol=0.02, atol=0.02)
 
 
-def test_B33_autocast_changes_neither_dtype_nor_value() -> None:
-    hidden, weight, _, targets = head(dtype=torch.float32)
-    plain = [token_logprobs(hidden, weight, targets)[0], token_logprobs(hidden.bfloat16(), weight, targets)[0]]
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = [token_logprobs(hidden, weight, targets)[0], token_logprobs(hidden.bfloat16(), weight, targets)[0]]
-    assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
-    assert all(t.dtype == torch.float32 for t in inside)
+def test_B33_autocast_changes_neither_dtype_nor_value_nor_gradient() -> None:
+    found = []
+    for inside in (False, True):
+        for dtype, head_learns in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+            hidden, weight, _, targets = head(dtype=torch.float32)
+            leaves = [hidden.to(dtype).requires_grad_(), weight.requires_grad_(head_learns)]
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                chosen, _ = token_logprobs(leaves[0], leaves[1], targets)
+                gradients = torch.autograd.grad(chosen.sum(), leaves[: 1 + head_learns])
+            assert chosen.dtype == torch.float32
+            found.append([chosen, *gradients])
+    for plain, autocast in zip(found[:4], found[4:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(plain, autocast, strict=True))
+
+
+def test_B33_a_bias_may_learn_alone() -> None:
+    hidden, weight, bias, targets = head()
+    hidden.requires_grad_()
+    bias.requires_grad_()
+    ours, _ = token_logprobs(hidden, weight, targets, bias=bias, temperature=0.7, chunk=3)
+    definition, _ = full(hidden, weight, bias, targets, 0.7, 1.0, None)
+    for found, expected in zip(
+        *(torch.autograd.grad(t.square().sum(), [hidden, bias]) for t in (ours, definition)), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_B33_beside_bfloat16_products_bias_and_sums_stay_in_float32() -> None:
+    bias = torch.linspace(0, 0.01, VOCABULARY)
+    chosen, _ = token_logprobs(
+        torch.zeros(1, 2).bfloat16(), torch.zeros(VOCABULARY, 2), torch.tensor([VOCABULARY - 1]), bias=bias
+    )
+    assert chosen.item() == pytest.approx(bias.log_softmax(0)[-1].item(), abs=1e-6)
+
+    hidden, weight, _, targets = head(rows=600)
+    gradients = []
+    for chunk in (600, 1):
+        leaves = [weight.float().requires_grad_(), torch.zeros(VOCABULARY, requires_grad=True)]
+        chosen, _ = token_logprobs(hidden.bfloat16(), leaves[0], targets, bias=leaves[1], chunk=chunk)
+        gradients.append(torch.autograd.grad(chosen.sum(), leaves))
+    for whole, added in zip(*gradients, strict=True):
+        assert (whole - added).norm() < 0.002 * whole.norm()
+        assert not torch.equal(added, added.bfloat16().float())
 
 
 def test_B33_no_more_than_a_chunk_of_logits_exists(monkeypatch: pytest.MonkeyPatch) -> None:

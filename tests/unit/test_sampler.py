@@ -160,7 +160,6 @@ CONFIGS = {
     "windows and whole": ("Gemma3Text", {"sliding_window": 5, "head_dim": 8}),
     "learned positions from a mask": ("OPT", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
     "linear biases, no positions": ("Bloom", {"n_layer": 2, "n_head": 4}),
-    "recurrent and whole": ("Lfm2", {"layer_types": ["conv", "full_attention"]}),
 }
 
 

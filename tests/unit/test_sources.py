@@ -370,11 +370,11 @@ def byte_symbols() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def write_gguf(path: Path) -> None:
+def write_gguf(path: Path, end: str = "<|endoftext|>") -> None:
     """A llama of one layer, its projections in 4-bit blocks (type Q4_1), and a byte-pair tokenizer of two merges."""
     gguf = pytest.importorskip("gguf")
     np = pytest.importorskip("numpy")
-    tokens = ["<|endoftext|>", "<|start|>", *byte_symbols(), "he", "the"]
+    tokens = [end, "<|start|>", *byte_symbols(), "he", "the"]
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(64)
@@ -448,6 +448,13 @@ def test_a_gguf_model_becomes_a_plain_folder(tmp_path):
     ids = tokenizer("the caf\u00e9<|endoftext|>").input_ids
     assert tokenizer.decode(ids) == "the caf\u00e9<|endoftext|>"
     assert (ids[0], len(ids), ids[-1]) == (259, 8, 0)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+    # transformers adds "<|endoftext|>" to a byte-pair tokenizer that has no token of that name.
+    write_gguf(tmp_path / "tiny.gguf", end="<|end|>")
+    with pytest.raises(PlauditError, match=r"transformers [0-9.]+ misreads the tokenizer of tiny.gguf"):
+        sources.convert(tmp_path / "tiny.gguf", tmp_path)
 
 
 def judge():

@@ -70,8 +70,10 @@ class Algorithm:
         self.position = state["position"]
 
     def over(self, batch: Batch, function: Callable[[Batch], Output]) -> Output:
-        """`function` over micro-batches, without gradients, its results in the order of `batch`'s rows."""
+        """`function` over micro-batches, without gradients or dropout, its results in the order of `batch`'s rows."""
         collected: dict[str, Tensor] = {}
+        dropping = [module for module in self.policy.modules() if module.training]
+        self.policy.eval()
         with torch.no_grad(), self.world.autocast():
             for part, places in batch.parts(self.tokens_per_pass):
                 for name, tensor in function(part)._asdict().items():
@@ -84,6 +86,8 @@ class Algorithm:
                         collected[name][places, : tensor.shape[1]] = tensor
                     else:
                         collected[name][places] = tensor
+        for module in dropping:
+            module.training = True
         return Output(**collected)
 
 

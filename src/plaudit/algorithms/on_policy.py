@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -124,13 +123,7 @@ class OnPolicyAlgorithm(Algorithm):
         settings = self.settings
         asked = [self.data[i] for i in indices[self.world.rank :: self.world.size]]
         self.sampler.refresh()
-        limits = Sampling(
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            stop_ids=(self.template.end,),
-            stop_strings=settings.stop,
-        )
-        drawn = self.sampler.sample([a.ids for a in asked], limits, settings.group, self.generator)
+        drawn = self.sampler.sample([a.ids for a in asked], self.limits(), settings.group, self.generator)
         repeated = [a for a in asked for _ in range(settings.group)]
         groups = [i for i in range(len(asked)) for _ in range(settings.group)]
         batch = collate([a.ids for a in repeated], drawn.completions, groups)
@@ -175,6 +168,25 @@ class OnPolicyAlgorithm(Algorithm):
 
     def weight(self, batch: Batch) -> Tensor:
         return batch.actions.sum()
+
+    def evaluate(self) -> dict[str, float]:
+        """The mean reward of one completion of each held-out prompt, drawn with the same numbers every time."""
+        if not self.held:
+            return {}
+        self.sampler.refresh()
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        drawn = self.sampler.sample([a.ids for a in self.held], self.limits(), 1, generator)
+        texts = [self.template.decode(completion) for completion in drawn.completions]
+        return {"heldout_score": float(score(self.rewards, self.held, texts, self.world).mean())}
+
+    def limits(self) -> Sampling:
+        """How completions are drawn."""
+        return Sampling(
+            max_new_tokens=self.settings.max_new_tokens,
+            temperature=self.settings.temperature,
+            stop_ids=(self.template.end,),
+            stop_strings=self.settings.stop,
+        )
 
     def check_start(self, sampled: Tensor, own: Tensor, reference: Tensor | None, actions: Tensor) -> None:
         """Before the first update the sampler, the learner and the reference are one policy. A run in which they
@@ -221,15 +233,3 @@ class OnPolicyAlgorithm(Algorithm):
         """The mean over all processes."""
         total = self.world.sum(torch.stack([values.sum().double().cpu(), torch.tensor(float(values.numel())).double()]))
         return float(total[0] / total[1])
-
-    def standardised(self, stream: Tensor, actions: Tensor, shift: bool = True) -> Tensor:
-        """(B, T) over standard deviation, and less the mean, of all actions of all processes (Ziegler et al. 2019:
-        biased variance)."""
-        chosen = stream[actions].double().cpu()
-        sums = self.world.sum(
-            torch.stack([chosen.sum(), chosen.square().sum(), torch.tensor(float(len(chosen))).double()])
-        )
-        mean = float(sums[0] / sums[2])
-        deviation = math.sqrt(max(float(sums[1] / sums[2]) - mean * mean, 0.0) + 1e-8)
-        scaled = (stream - mean) / deviation + (0.0 if shift else mean)
-        return scaled * actions

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from plaudit.algorithms.base import Stats
 from plaudit.algorithms.on_policy import OnPolicyAlgorithm
 from plaudit.batch import Batch
 from plaudit.losses import clipped_surrogate, clipped_value
+from plaudit.numerics import standardise
 from plaudit.settings import PPO
 
 
@@ -46,18 +48,26 @@ class ProximalPolicyOptimisation(OnPolicyAlgorithm):
         divergence = (kl_k1(own.logprobs, reference) * actions).sum(1)
         rewards = kl_shaped_rewards(batch.scores, own.logprobs, reference, actions, self.controller.coefficient)
         if settings.whiten_rewards:
-            rewards = self.standardised(rewards, actions, shift=False)
+            rewards = standardise(rewards, actions, shift_mean=False, summed=self.world.sum)
         advantages, returns = gae(rewards, own.values, actions, settings.gamma, settings.lam)
         self.notes |= {
             "kl": self.mean(divergence),
             "kl_coefficient": self.controller.coefficient,
             "return": self.mean(returns[actions]),
             "value": self.mean(own.values[actions]),
+            "explained_variance": self.explained(returns, own.values, actions),
         }
         self.controller = self.controller.updated(self.notes["kl"], settings.rollout)
         if settings.whiten_advantages:
-            advantages = self.standardised(advantages, actions)
+            advantages = standardise(advantages, actions, summed=self.world.sum)
         return replace(batch, logprobs=own.logprobs, values=own.values, advantages=advantages, returns=returns)
+
+    def explained(self, returns: Tensor, values: Tensor, actions: Tensor) -> float:
+        """The share of the returns' variance that the values foresaw; 0 is no better than their mean."""
+        chosen = returns[actions]
+        errors = chosen - values[actions]
+        spread = self.mean((chosen - self.mean(chosen)).square())
+        return 1 - self.mean((errors - self.mean(errors)).square()) / max(spread, 1e-12)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Stats]:
         output = self.model(batch, values=True)
@@ -65,7 +75,7 @@ class ProximalPolicyOptimisation(OnPolicyAlgorithm):
             output.logprobs, batch.logprobs, batch.advantages, batch.actions, self.settings.clip
         )
         value, value_stats = clipped_value(
-            output.values, batch.values, batch.returns, batch.actions, self.settings.value_clip
+            output.values, batch.values, batch.returns, batch.actions, self.settings.value_clip or math.inf
         )
         self.moved.append(torch.stack([stats["approx_kl"].double(), batch.actions.sum().double()]))
         stats |= {"policy_loss": policy.detach(), "value_loss": value.detach(), **value_stats}

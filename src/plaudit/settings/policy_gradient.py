@@ -16,6 +16,8 @@ from plaudit.settings.sampling import Sampling
 class OnPolicy(Sampling, RewardSources, Training):
     """What every algorithm that learns from its own samples takes."""
 
+    eval_limit: Count = 64
+    """At most so many held-out prompts are completed at an evaluation."""
     rollout: Count = 64
     """Completions that are sampled before the policy moves, over all processes."""
     group: Count = 1
@@ -48,8 +50,8 @@ class PPO(OnPolicy):
     """GAE's trade of bias against variance."""
     clip: Annotated[float, Gt(0), Le(1)] = 0.2
     """Probability ratios beyond 1 +- clip earn nothing."""
-    value_clip: Positive = 0.2
-    """Values move no further than this in one rollout."""
+    value_clip: NotNegative = 0.2
+    """Values that move further than this in one rollout earn nothing; 0 lets them."""
     value_weight: NotNegative = 0.1
     """Weight of the value loss."""
     value_learning_rate: NotNegative = 0.0
