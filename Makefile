@@ -22,8 +22,8 @@ lint: $(VENV)/.dev
 type: $(VENV)/.dev
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/run.py
+bench: $(VENV)/.quickstart
+	$(BIN)/python benchmarks/quickstart.py
 
 clean:
 	rm -rf $(VENV)

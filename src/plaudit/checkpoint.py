@@ -163,7 +163,7 @@ def unpack(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> dict[str,
 
 def random_states() -> dict[str, Any]:
     """The states of python's, numpy's and torch's global generators, as a tree for `pack`."""
-    numpy_state: dict[str, Any] = np.random.get_state(legacy=False)  # type: ignore[assignment]
+    numpy_state: dict[str, Any] = np.random.get_state(legacy=False)
     numpy_state["state"] = numpy_state["state"] | {"key": numpy_state["state"]["key"].tolist()}
     return {
         "python": random.getstate(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import symtable
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -68,12 +68,20 @@ def read_config(name: str) -> dict[str, Any]:
         raise PlauditError(f"{path}: not valid JSON ({error}): save the model again.") from None
     if not isinstance(config, dict):
         raise PlauditError(f"{path}: must hold a JSON object, {{...}}: save the model again.")
-    hostile = [key for key in config if key.startswith("_attn_implementation") or key == "trust_remote_code"]
+    hostile = [key for key in _keys(config) if key.startswith("_attn_implementation") or key == "trust_remote_code"]
     if hostile:
         raise PlauditError(
             f"{path}: {hostile[0]!r} does not belong into a config.json and can run foreign code: remove it."
         )
     return config
+
+
+def _keys(value: Any) -> Iterator[str]:
+    """All keys, those of configs within the config too."""
+    if isinstance(value, dict):
+        yield from value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _keys(part)
 
 
 def check_model(name: str) -> None:

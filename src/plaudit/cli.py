@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     _be_quiet()
     try:
-        _run(arguments[0], arguments[1:])
+        with _flushed():
+            _run(arguments[0], arguments[1:])
     except PlauditError as error:
         said = str(error).removeprefix(f"{arguments[0]}: ")
         print(said if said.startswith("plaudit ") else f"plaudit {arguments[0]}: {said}", file=sys.stderr)
@@ -69,6 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"plaudit {arguments[0]}: {error}", file=sys.stderr)
         return int(getattr(error, "code", 1))
     return 0
+
+
+@contextmanager
+def _flushed() -> Iterator[None]:
+    """That the reader of the output has gone should show here, not while Python shuts down."""
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
 
 
 def _be_quiet() -> None:

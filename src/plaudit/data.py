@@ -54,7 +54,7 @@ def _dataset_rows(name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]
             table = datasets.load_dataset(TABLES[path.suffix], data_files=str(path), split="train")
         else:
             table = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise PlauditError(f"data: cannot read {name!r} (split {split!r}): {reason}") from error
     for number, row in enumerate(table):

@@ -68,15 +68,17 @@ class Trainer:
         Raises PlauditError for a loss that is not finite, Interrupted after a signal; both leave a checkpoint.
         """
         self.begin(algorithm)
-        with self._signals():
-            try:
-                self._loop(algorithm)
-            except Interrupted:
-                # Between two optimizer steps nothing but the snapshot and the weights counts, and both are whole.
-                self.save()
-                raise
-        for hook in self.hooks:
-            hook.end(self)
+        try:
+            with self._signals():
+                try:
+                    self._loop(algorithm)
+                except Interrupted:
+                    # Between two optimizer steps nothing but the snapshot and the weights counts, and both are whole.
+                    self.save()
+                    raise
+        finally:
+            for hook in self.hooks:
+                hook.end(self)
 
     def _loop(self, algorithm: Algorithm) -> None:
         start = time.perf_counter()
@@ -104,6 +106,8 @@ class Trainer:
         self.algorithm, self.steps = algorithm, algorithm.steps
         self.optimizer = _optimizer(algorithm, self.settings)
         algorithm.model, self.optimizer = self.world.prepare(algorithm.policy, self.optimizer)
+        # Looked up once: a signal may come while the reference stands in for some of the policy's modules.
+        self._learning = algorithm.policy.learning()
         self._resume()
         if self.world.is_main:
             # What precedes the first step is done again if that step was not finished.
@@ -133,7 +137,7 @@ class Trainer:
 
     def _update(self, algorithm: Algorithm, batch: Batch) -> None:
         limit = self.settings.max_grad_norm or None
-        norm = float(self.world.clip(list(algorithm.policy.learning().values()), limit))
+        norm = float(self.world.clip(list(self._learning.values()), limit))
         self.figures["gradient_norm"] = norm
         if math.isfinite(norm) and math.isfinite(self.figures["loss"]):
             self.figures["learning_rate"] = self._set_learning_rate()
@@ -189,7 +193,7 @@ class Trainer:
         """A checkpoint of the last finished step."""
         everywhere = self.world.gather([self._kept])
         if self.world.is_main:
-            learning = {name: p.detach() for name, p in self.algorithm.policy.learning().items()}
+            learning = {name: p.detach() for name, p in self._learning.items()}
             tree = {"ranks": everywhere, "policy": learning, "optimizer": self.optimizer.state_dict()}
             tensors, state = checkpoint.pack(tree)
             checkpoint.save(self.run.checkpoints, self._kept["step"], tensors, state, keep=self.settings.keep)
@@ -201,11 +205,10 @@ class Trainer:
         if path is None:
             return
         tree = checkpoint.unpack(*checkpoint.load(path))
-        learning = self.algorithm.policy.learning()
-        if set(learning) != set(tree["policy"]):
+        if set(self._learning) != set(tree["policy"]):
             raise PlauditError(f"{path} was saved from another model or another set of trained weights.")
         with torch.no_grad():
-            for name, parameter in learning.items():
+            for name, parameter in self._learning.items():
                 parameter.copy_(tree["policy"][name])
         self.optimizer.load_state_dict(tree["optimizer"])
         mine = tree["ranks"][self.world.rank % len(tree["ranks"])]

@@ -124,7 +124,7 @@ class World:
         """Total norm (0-d) of the summed gradient, before it's scaled down to `norm`; None only measures.
 
         Under DeepSpeed, which clips inside its own step, this is where the step happens, and the optimizer's does
-        nothing; DeepSpeed itself leaves out a step whose norm isn't finite.
+        nothing. Whether a step whose norm isn't finite is left out is then DeepSpeed's own configuration.
         """
         if self.engine is not None:
             self.engine.optimizer.clip_grad = norm or 0.0

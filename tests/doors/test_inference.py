@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from doorway import PROMPTS, times
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
-from plaudit import Evaluate, comparing, evaluate, statistics
+from plaudit import Evaluate, comparing, evaluate, hooks, statistics
 from plaudit.loading import load_policy
 from plaudit.recipes import asked_of
 from plaudit.records import Prompt
@@ -212,6 +214,22 @@ def test_overlong_prompts_are_counted_and_stop_strings_end_a_completion(plaudit,
     (row,) = rows("s.jsonl")
     assert row["completion"] == full[: full.index(ending) + 1]
     assert row["truncated"] is False
+
+
+def test_in_a_terminal_sampling_and_comparing_show_a_bar_with_a_rate(plaudit, models, prompts, monkeypatch):
+    words = {
+        "prompts": sample(models, prompts, "--max-new-tokens", 3, "--rows", 2),
+        "completions": (
+            "evaluate", "--policies", models / "plain", "--data", prompts, "--rewards", "count:a", "--rows", 2,
+            "--max-new-tokens", 3,
+        ),
+    }  # fmt: skip
+    for unit, command in words.items():
+        terminal = Console(file=io.StringIO(), force_terminal=True, width=140)
+        monkeypatch.setattr(hooks, "console", terminal)
+        assert plaudit(*command).code == 0
+        last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.file.getvalue()).strip().split("\r")[-1].strip()
+        assert re.fullmatch(rf"{command[0]} ━+ 8/8 {unit} [\d.]+ a second 0:00:00", last), last
 
 
 def test_in_the_terminal_each_line_is_answered_until_an_empty_one_or_the_end(plaudit, models, prompts, monkeypatch):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Gt, Le
 
-from plaudit.settings.common import Count, NotNegative, Positive, Share, Training
+from plaudit.settings.common import Count, NotNegative, Share, Training
 from plaudit.settings.rewards import RewardSources
 from plaudit.settings.sampling import Sampling
 
