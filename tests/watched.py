@@ -25,13 +25,13 @@ def digest(trainer: Trainer) -> str:
     """SHA-256 over all that the next steps depend on: weights, moments, random states, the algorithm's state."""
     kept = {name: value for name, value in trainer._kept.items() if name != "seconds"}
     weights = {name: p.detach() for name, p in trainer.algorithm.policy.named_parameters()}
-    tensors, state = checkpoint.pack({"weights": weights, "optimizer": trainer.optimizer.state_dict(), "kept": kept})
-    whole = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous().cpu()
-        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        whole.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return whole.hexdigest()
+    return _sha256({"weights": weights, "optimizer": trainer.optimizer.state_dict(), "kept": kept})
+
+
+def learned(trainer: Trainer) -> str:
+    """SHA-256 over weights and moments alone."""
+    moments = {i: dict(trainer.optimizer.state[p]) for i, p in enumerate(trainer.optimizer.state)}
+    return _sha256({"weights": trainer._learning, "moments": moments})
 
 
 @dataclass
@@ -79,6 +79,16 @@ def train(
         patch.setattr(Trainer, "_gradients", watched)
         plaudit.train(settings)
     return seen
+
+
+def _sha256(tree: dict[str, Any]) -> str:
+    tensors, state = checkpoint.pack(tree)
+    whole = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous().cpu()
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        whole.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
 
 
 def logged(folder: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

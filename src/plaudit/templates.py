@@ -33,7 +33,7 @@ class Template:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.end: int = tokenizer.eos_token_id
-        opening = tokenizer("").input_ids
+        opening = tokenizer("a").input_ids
         self.opening: list[int] = [i for i in opening[:1] if i == tokenizer.bos_token_id]
 
     def decode(self, ids: list[int]) -> str:

@@ -5,11 +5,7 @@ import sys
 import time
 from typing import Any
 
-os.fsync = lambda descriptor: None  # a kill loses nothing that was written; only a power cut would
-
 import torch
-
-torch.set_num_threads(1)
 
 from plaudit import cli
 from plaudit.algorithms.ppo import ProximalPolicyOptimisation
@@ -27,6 +23,8 @@ def slowly(owner: type, name: str, what: str, seconds: float) -> None:
     setattr(owner, name, slow)
 
 
+torch.set_num_threads(1)
+os.fsync = lambda descriptor: None  # a kill loses nothing that was written; only a power cut would
 slowly(ProximalPolicyOptimisation, "loss", "step", 0.02)
 slowly(Rewards, "__call__", "rollout", 0.1)
 sys.exit(cli.main(sys.argv[1:]))

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import examples
 import pytest
 import torch
-import watched
 
+import examples
+import watched
 from plaudit import PlauditError, checkpoint, config, hooks, policy
 from plaudit.algorithms.base import Algorithm
 from plaudit.algorithms.ppo import ProximalPolicyOptimisation
@@ -129,10 +129,10 @@ def test_r12_a_signal_while_the_reference_stands_in_saves_the_policy(at, wholes,
 
 def test_r12_rewards_that_catch_every_exception_do_not_swallow_a_signal(at, tmp_path):
     (tmp_path / "careful.py").write_text(
-        "import signal\n"
+        "import pathlib\nimport signal\n"
         "def careful(prompts, completions, **columns):\n"
         "    try:\n"
-        "        if not open(__file__ + '.calm', 'a').tell():\n"
+        "        if not pathlib.Path(__file__ + '.calm').exists():\n"
         "            signal.raise_signal(signal.SIGTERM)\n"
         "        return [float(len(text)) for text in completions]\n"
         "    except Exception:\n"
