@@ -10,7 +10,7 @@ quickstart: $(VENV)/.quickstart
 	$(BIN)/plaudit run recipes/quickstart.yaml
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --cov --cov-report=term -m "not slow"
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term -m "not slow"
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow --timeout=3600

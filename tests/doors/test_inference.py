@@ -28,6 +28,9 @@ LENGTH = """
 def length(prompts, completions, **columns):
     return [len(text) - 4.0 for text in completions]
 
+def mood(prompts, completions, **columns):
+    return [sum(map(ord, text)) % 7 - 3.0 for text in completions]
+
 def word(prompts, completions, **columns):
     return [float(i) for i in columns["id"]]
 
@@ -105,7 +108,7 @@ def test_a_policy_beside_itself_is_at_no_distance_and_on_a_par(here, models, pro
 def test_win_rate_and_shares_are_those_of_the_samples(plaudit, models, prompts):
     words = (
         "evaluate", "--policies", f"one={models / 'plain'}", f"other={models / 'chat'}", "--model", models / "judge",
-        "--data", prompts, "--rewards", "r.py:word", "--judge", "r.py:length", "--judge-positive", "1",
+        "--data", prompts, "--rewards", "r.py:word", "--judge", "r.py:mood", "--judge-positive", "1",
         "--max-new-tokens", "8", "--precision", "float32", "--prompts", "7", "--shown", "9",
     )  # fmt: skip
     said = plaudit(*words)
@@ -117,13 +120,14 @@ def test_win_rate_and_shares_are_those_of_the_samples(plaudit, models, prompts):
     assert all(sorted(row) == sorted(["step", "prompt", *names]) for row in sampled)
     for name in ("one", "other"):
         judged = [row[f"{name}_judge"] for row in sampled]
-        assert judged == [len(row[name]) - 4.0 for row in sampled]
+        assert judged == [sum(map(ord, row[name])) % 7 - 3.0 for row in sampled]
         assert summary[name]["judge"] == pytest.approx(sum(judged) / 7)
         assert summary[name]["positive_share"] == pytest.approx(sum(value > 1 for value in judged) / 7)
         assert summary[name]["reward"] == sum(range(7)) / 7
         assert summary[name]["kl"] > 1  # neither is the reference
     leads = [row["other_judge"] - row["one_judge"] for row in sampled]
     won = sum(1.0 if lead > 0 else 0.5 if lead == 0 else 0.0 for lead in leads)
+    assert won != 3.5  # or it would not matter who is compared with whom
     assert summary["win_rate"] == summary["other"]["win_rate"] == pytest.approx(won / 7)
     assert summary["prompts"] == 7
     assert [len(values) for values in summary["histograms"].values()] == [7, 7]
