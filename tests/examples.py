@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
-from plaudit import PPO, SFT, Reward
+from plaudit import PPO, SFT, Reward, recipes
 
 LETTERS = "abcdefgh"
 REWARDS = """
@@ -96,6 +96,8 @@ def settings(kind: str, at: Path, output: Path, **changes: Any) -> Any:
     sampled = {
         "model": str(at / "model"),
         "data": str(at / "prompts.jsonl"),
+        "eval_data": str(at / "prompts.jsonl"),
+        "evaluate_every": 3,
         "rewards": f"{at / 'rewards.py'}:variety",
         "reward_normalise": True,
         "rollout": 8,
@@ -113,6 +115,13 @@ def settings(kind: str, at: Path, output: Path, **changes: Any) -> Any:
     }
     ways = {"ppo": {}, "ppo-top": {"train_layers": 1}, "ppo-adapter": {"lora_rank": 2}}
     return PPO(**{**common, **sampled, **ways[kind], **changes})
+
+
+def built(settings: Any) -> Any:
+    """The algorithm of these settings, before any training."""
+    settings, loaded = recipes.prepare(settings)
+    world = recipes.start_world(settings)
+    return recipes._BUILDERS[type(settings)](settings, world, loaded)[0]
 
 
 KINDS = ("sft", "comparisons", "rankings", "ratings", "ppo", "ppo-top", "ppo-adapter")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from plaudit.checks import read_config
@@ -126,7 +127,7 @@ def load_backbone(name: str, auto: Any, **options: Any) -> nn.Module:
             attn_implementation="sdpa",
             **options,
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise PlauditError(f"model: cannot load {name!r}: {str(error).splitlines()[0]}") from error
     except ValueError as error:
         if "scaled_dot_product_attention" not in str(error):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,7 @@ class Progressing:
 
     def _tell(self, trainer: Trainer) -> None:
         for message in trainer.messages:
-            console.print(f"{self.title}: {message}")
+            tell(f"{self.title}: {message}")
         trainer.messages.clear()
 
 
@@ -168,5 +167,4 @@ class Saving:
 
 def tell(message: str) -> None:
     """A line for the person at the terminal, never mixed into what a command prints as its result."""
-    console.print(message, highlight=False)
-    sys.stderr.flush()
+    console.print(message, highlight=False, markup=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,9 @@ def save_pretrained(policy: Policy, tokenizer: Any, folder: Path) -> None:
     type that the model came in, the value head in a file of its own."""
     model = policy.backbone
     if policy.adapter is not None:
-        policy.adapter.save_pretrained(str(folder / "adapter"))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*save_embedding_layers.*")  # it keeps those that grew, as it should
+            policy.adapter.save_pretrained(str(folder / "adapter"))
         model = copy.deepcopy(policy.adapter).merge_and_unload()
     else:
         model = copy.deepcopy(model)

@@ -133,8 +133,10 @@ def number(value: Any, decimals: int | None = None) -> str:
         return DASH
     size = abs(value)
     if decimals is None and 0 < size < 1e-3:
-        mantissa, exponent = f"{value:.2g}".split("e") if size < 1e-4 else (f"{value * 1e4:.2g}", "-4")
-        text = f"{mantissa}{TIMES}10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        mantissa, exponent = f"{value:.1e}".split("e")
+        text = f"{mantissa.removesuffix('.0')}{TIMES}10" + str(int(exponent)).translate(
+            str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+        )
     elif decimals is None:
         places = 0 if float(value).is_integer() or size >= 100 else 2 - math.floor(math.log10(size))
         text = f"{value:,.{places}f}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -10,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from plaudit import checks, config, sources
+from plaudit import checks, config, machine, sources
 from plaudit.errors import PlauditError
 from plaudit.run import Run, write_atomically
 from plaudit.settings import VERBS, Evaluate, Pull, Sample
@@ -103,11 +102,11 @@ def run(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     summary: dict[str, Any] = {"stages": {}}
     with Run.open(output, {"verb": "run", "stages": list(stages)}, ("stages",)) as whole:
         for number, (name, settings) in enumerate(stages.items(), 1):
-            tell(f"[bold]{number}/{len(stages)} {name}[/]")
+            tell(f"{number}/{len(stages)} {name}")
             done = _stage(settings)
             summary["stages"][name] = {key: done[key] for key in _COST if key in done}
             summary[name] = {key: value for key, value in done.items() if key not in (*_COST, "verb")}
-            gc.collect()
+            machine.release()
         whole.finish(summary)
     return report.write(output)
 

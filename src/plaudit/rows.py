@@ -61,7 +61,7 @@ def _items(lines: Iterable[bytes], path: Path) -> Iterator[tuple[str, dict[str, 
 
 def _json(data: bytes, where: str) -> Any:
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig").rstrip("\r\n")
         value = json.loads(text)
         if "\\ud" in text.lower():  # an escaped half of a surrogate pair is JSON, but no tokenizer can encode it
             json.dumps(value, ensure_ascii=False).encode()

@@ -91,7 +91,7 @@ class Run:
         """Start or resume the run in `folder`.
 
         `settings` is the resolved configuration, `verb` included. When the folder holds a configuration, only the
-        settings named in `free` may differ from it; if they do, the run counts as unfinished again. Raises
+        settings named in `free` may differ from it, and the new ones are written. Raises
         PlauditError when others differ, when another process holds the folder, and when it can't be written.
         """
         folder = Path(folder)
@@ -116,8 +116,6 @@ class Run:
                 listed = "".join(f"\n  {change}" for change in changes)
                 advice = "Restore the old values to resume, or choose another --output."
                 raise PlauditError(f"{self.folder} holds a run with other settings:{listed}\n{advice}")
-            # A summary speaks for the settings beside it, so it goes before they change.
-            (self.folder / "summary.json").unlink(missing_ok=True)
         write_atomically(path, dump_yaml(settings))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

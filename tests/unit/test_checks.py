@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from plaudit.checks import check_data, check_model, names_of, read_config
+from plaudit.checks import check_data, check_model, check_rewards, check_rollout, names_of, read_config
 from plaudit.errors import PlauditError
 
 
@@ -113,6 +113,50 @@ def test_data_that_is_there_and_hub_data_pass(tmp_path):
     check_data(None)
     check_data([str(path), str(tmp_path), "imdb", "Anthropic/hh-rlhf"])
     check_data("allenai/tulu-2.5-preference-data, Magpie-Align/Magpie-Pro-DPO-100K-v0.1")
+
+
+def test_rewards_that_are_there(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("raise SystemExit\nfrom math import sqrt\nasync def one(): pass\ndef two(): pass\nthree = two\n")
+    check_rewards([f"{path}:{name}" for name in ("one", "two", "three", "sqrt")])
+    check_rewards(
+        ["math:sqrt", "json.decoder:x", "count:good", "count::", "org/reward-model", "label:POSITIVE@org/model"]
+    )
+    path.write_text("from os.path import *\n")
+    check_rewards([f"{path}:join"])
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("count:", "name what is to be counted"),
+        ("label:POSITIVE", "name a label and a model"),
+        ("label:@org/model", "name a label and a model"),
+        ("label:POSITIVE@./nowhere", "there is no folder './nowhere'"),
+        ("./nowhere", "there is no folder './nowhere'"),
+        ("mine.py", "name the function too, as in 'mine.py:reward'"),
+        ("no/mine.py:reward", "there is no file 'no/mine.py'"),
+        ("no_such_module_here:reward", "there is no module 'no_such_module_here'"),
+        ("no_such.module.here:reward", "there is no module 'no_such.module.here'"),
+        ("math.sqrt:reward", "there is no module 'math.sqrt'"),
+    ],
+)
+def test_rewards_that_are_not(spec, message):
+    assert message in told(check_rewards, [spec])
+
+
+def test_functions_that_are_not(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("import os\ndef other(): return reward\n")
+    assert "has no function 'reward' (it has: other)" in told(check_rewards, [f"{path}:reward"])
+    path.write_text("def reward(:\n")
+    assert f"{path}:1: not valid Python" in told(check_rewards, [f"{path}:reward"])
+
+
+def test_a_rollout_is_whole_batches_of_whole_groups():
+    check_rollout(64, 16, 4)
+    assert "batch_size (16) must divide rollout (24)" in told(check_rollout, 24, 16, 4)
+    assert "group (3) must divide batch_size (16)" in told(check_rollout, 32, 16, 3)
 
 
 def test_nothing_heavy_is_loaded_to_find_out(tmp_path):

@@ -58,11 +58,11 @@ def test_other_settings_are_refused_and_listed(tmp_path):
     Run.open(tmp_path, SETTINGS).close()  # the refusal let go of the folder
 
 
-def test_free_settings_may_change_and_unfinish_the_run(tmp_path):
+def test_free_settings_may_change_and_leave_what_was_found(tmp_path):
     with Run.open(tmp_path, SETTINGS) as run:
-        run.finish({})
+        run.finish({"loss": 1.5})
     with Run.open(tmp_path, SETTINGS | {"steps": 20}, free=["steps"]) as run:
-        assert not run.finished
+        assert run.summary == {"loss": 1.5}
     assert read_yaml(tmp_path / "config.yaml")["steps"] == 20
 
 

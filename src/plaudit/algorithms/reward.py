@@ -109,19 +109,12 @@ class FromComparisons(RewardModelling):
         return _figures(float(right.mean()), table)
 
 
-class FromRankings(RewardModelling):
-    """The targets are ranks, 1 the best. All pairs of a prompt are one unit together, whatever their number, and
-    ties make no pair (Ouyang et al. 2022, eq. 1)."""
+class AllPairs(RewardModelling):
+    """Every two rows may be a pair; a subclass says which are, and what people would say of them."""
 
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(preference, weight), both (B, B)."""
-        assert batch.targets is not None
-        rank = batch.targets[:, 0]
-        better = (rank[:, None] < rank[None, :]).float()
-        same = batch.groups[:, None] == batch.groups[None, :]
-        weight = (same & (rank[:, None] != rank[None, :])).float()
-        pairs = (same.float() @ weight.sum(1)) / 2
-        return better, weight / pairs.clamp(min=1)[:, None]
+        """(preference, weight), both (B, B): the chance that row i is put above row j, and how much that counts."""
+        raise NotImplementedError
 
     def weight(self, batch: Batch) -> Tensor:
         return self.pairs(batch)[1].triu(1).sum()
@@ -131,6 +124,20 @@ class FromRankings(RewardModelling):
         preference, weight = self.pairs(batch)
         total, stats = all_pairs(scores, preference, weight, noise=self.settings.noise)
         return self.centred(total, scores, weight.triu(1).sum()), stats
+
+
+class FromRankings(AllPairs):
+    """The targets are ranks, 1 the best. All pairs of a prompt are one unit together, whatever their number, and
+    ties make no pair (Ouyang et al. 2022, eq. 1)."""
+
+    def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        assert batch.targets is not None
+        rank = batch.targets[:, 0]
+        better = (rank[:, None] < rank[None, :]).float()
+        same = batch.groups[:, None] == batch.groups[None, :]
+        weight = (same & (rank[:, None] != rank[None, :])).float()
+        pairs = (same.float() @ weight.sum(1)) / 2
+        return better, weight / pairs.clamp(min=1)[:, None]
 
     def report(self) -> dict[str, Any]:
         batch, scores = self.heldout_scores()
@@ -142,7 +149,7 @@ class FromRankings(RewardModelling):
         return _figures(float(right.mean()), table)
 
 
-class FromRatings(RewardModelling):
+class FromRatings(AllPairs):
     """The targets are what each of several people gave a text, on one scale: every two texts of a batch are a pair,
     and how far the first is preferred is the chance that one person, drawn at random, rates it above what another
     rates the second. The unit is a pair."""
@@ -152,20 +159,10 @@ class FromRatings(RewardModelling):
         return replace(batch, groups=torch.zeros_like(batch.groups))
 
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(preference, weight), both (B, B)."""
         assert batch.targets is not None
         means = batch.targets.nanmean(1)
         gap = (means[:, None] - means[None, :]).abs()
         return chances(batch.targets), ((gap > 0) & (gap >= self.settings.minimum_gap)).float()
-
-    def weight(self, batch: Batch) -> Tensor:
-        return self.pairs(batch)[1].triu(1).sum()
-
-    def loss(self, batch: Batch) -> tuple[Tensor, Stats]:
-        scores = self.scores(batch)
-        preference, weight = self.pairs(batch)
-        total, stats = all_pairs(scores, preference, weight, noise=self.settings.noise)
-        return self.centred(total, scores, weight.triu(1).sum()), stats
 
     def heldout_scores(self) -> tuple[Batch, Tensor]:
         # Groups of one, or all that is held out would be a single micro-batch.
