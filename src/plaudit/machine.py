@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import ctypes
 import gc
+import os
 import resource
 import sys
 from contextlib import suppress
