@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from plaudit import checkpoint
 from plaudit.errors import PlauditError
 from plaudit.trainer import Trainer
 
@@ -85,8 +86,8 @@ class Logging:
         samples, trainer.algorithm.shown = trainer.algorithm.shown, []
         if not trainer.world.is_main:
             return
-        last = trainer.step == trainer.steps
-        if trainer.step % trainer.settings.log_every == 0 or last or samples:
+        rare = samples or trainer.step == trainer.steps or any(name.startswith("heldout") for name in trainer.figures)
+        if rare or trainer.step % trainer.settings.log_every == 0:
             speed = {"time/seconds": trainer.seconds, "time/tokens": trainer.tokens}
             trainer.run.log(trainer.step, trainer.figures | speed)
             self.tracker.log(trainer.step, trainer.figures)
@@ -146,7 +147,10 @@ class Evaluating:
     def end(self, trainer: Trainer) -> None: ...
 
     def _evaluate(self, trainer: Trainer) -> None:
+        # Rewards may draw at random, and a run that goes on from here does not evaluate again: it must leave no trace.
+        before = checkpoint.random_states()
         figures = trainer.algorithm.evaluate()
+        checkpoint.restore_random_states(before)
         trainer.figures |= figures
         if figures and trainer.step == 0 and trainer.world.is_main:
             trainer.run.log(0, figures)

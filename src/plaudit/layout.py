@@ -99,7 +99,7 @@ def _shared_prefixes(batch: Batch, lengths: list[int]) -> list[tuple[list[int], 
     found = []
     for block in batch.blocks():
         rows = block.tolist()
-        limit = min(min(first[i], lengths[i] - 1) for i in rows)
+        limit = min(first[i] for i in rows)
         differs = (tokens[rows, :limit] != tokens[rows[0], :limit]).any(0) if limit > 0 else np.zeros(0, bool)
         prefix = int(differs.argmax()) if differs.any() else max(limit, 0)
         found.append((rows, prefix if len(rows) > 1 else 0))

@@ -67,17 +67,21 @@ class Trainer:
 
         Raises PlauditError for a loss that is not finite, Interrupted after a signal; both leave a checkpoint.
         """
-        self.begin(algorithm)
+        begun: list[Hook] = []
         try:
             with self._signals():
                 try:
+                    self.begin(algorithm)
+                    for hook in self.hooks:
+                        hook.begin(self)
+                        begun.append(hook)
                     self._loop(algorithm)
                 except Interrupted:
                     # Between two optimizer steps nothing but the snapshot and the weights counts, and both are whole.
                     self.save()
                     raise
         finally:
-            for hook in self.hooks:
+            for hook in begun:
                 hook.end(self)
 
     def _loop(self, algorithm: Algorithm) -> None:
@@ -113,8 +117,9 @@ class Trainer:
             # What precedes the first step is done again if that step was not finished.
             self.run.rewind(self.step or -1)
         self._snapshot()
-        for hook in self.hooks:
-            hook.begin(self)
+        self._interruptible = self.world.size == 1
+        if self._signal:
+            raise Interrupted(self._signal, self.step)
 
     # ------------------------------------------------------------------------------------------------- one step
 

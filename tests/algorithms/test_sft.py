@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import examples
 import plaudit
 import tiny
-from plaudit import SFT, PlauditError
+from plaudit import PlauditError
 from plaudit.data import hold_out
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -43,7 +43,7 @@ def test_a_token_is_a_unit_and_only_what_was_said_is_learned(at, tmp_path):
     total = 0.0
     for row in rows:
         prompt, said = list(row["prompt"].encode()), [*row["completion"].encode(), 256]
-        prompt, said = [tiny.tokenizer()(text).input_ids for text in (row["prompt"], row["completion"])]
+        prompt, said = (tiny.tokenizer()(row[name]).input_ids for name in ("prompt", "completion"))
         ids = torch.tensor([*prompt, *said, 256])
         logprobs = model(ids[None]).logits[0].log_softmax(-1)
         total -= sum(logprobs[i - 1, ids[i]] for i in range(len(prompt), len(ids)))
@@ -55,13 +55,13 @@ def test_dropout_is_on_in_training_alone(at, tmp_path):
     quiet = examples.built(examples.settings("sft", at, tmp_path / "a", dropout=False))
     noisy = examples.built(examples.settings("sft", at, tmp_path / "b", dropout=True))
     batch = quiet.collate([0, 1, 2])
-    assert float(quiet.loss(batch)[0]) == float(quiet.loss(batch)[0])
-    assert float(noisy.loss(batch)[0]) != float(noisy.loss(batch)[0])
+    assert quiet.loss(batch)[0].item() == quiet.loss(batch)[0].item()
+    assert noisy.loss(batch)[0].item() != noisy.loss(batch)[0].item()
     state = torch.get_rng_state()
     assert noisy.evaluate() == noisy.evaluate() == quiet.evaluate()
     assert torch.equal(torch.get_rng_state(), state)
-    assert float(noisy.loss(batch)[0]) != float(noisy.loss(batch)[0])  # and on again after an evaluation
-    assert float(quiet.loss(batch)[0]) == float(quiet.loss(batch)[0])
+    assert noisy.loss(batch)[0].item() != noisy.loss(batch)[0].item()  # and on again after an evaluation
+    assert quiet.loss(batch)[0].item() == quiet.loss(batch)[0].item()
 
 
 def test_what_is_held_out_is_never_learned_from(at, tmp_path):
@@ -118,8 +118,7 @@ def test_conversations_teach_the_assistant_alone(at, tmp_path):
     settings = examples.settings("sft", at, tmp_path / "run", data=data, eval_data=None, model=str(at / "model"))
     algorithm = examples.built(settings)
     batch = algorithm.collate([0, 1])
-    learned = [algorithm.data and row[acts].tolist() for row, acts in zip(batch.tokens, batch.actions, strict=True)]
+    learned = [row[acts].tolist() for row, acts in zip(batch.tokens, batch.actions, strict=True)]
     tokenizer = tiny.tokenizer()
     assert [tokenizer.decode(ids) for ids in learned] == [f"two{tiny.END}four{tiny.END}", f"two{tiny.END}"]
-    assert isinstance(settings, SFT)
     assert math.isfinite(plaudit.train(dataclasses.replace(settings, steps=1)).metrics()[-1]["loss"])

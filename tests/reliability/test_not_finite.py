@@ -106,7 +106,9 @@ def test_r15_a_reward_that_is_not_finite_is_named(value, at, tmp_path):
         f"    return [float({str(value)!r}) if len(calls) == 2 and i == 3 else 1.0 for i in range(len(prompts))]\n"
     )
     seen = watched.Seen()
-    settings = examples.settings("ppo", at, tmp_path / "run", rewards=f"{tmp_path / 'broken.py'}:broken")
+    settings = examples.settings(
+        "ppo", at, tmp_path / "run", rewards=f"{tmp_path / 'broken.py'}:broken", eval_data=None
+    )
     with pytest.raises(PlauditError, match=rf"reward '.*broken.py:broken' returned {value} for completion 3"):
         watched.train(settings, seen)
     assert max(seen.digests) == 4

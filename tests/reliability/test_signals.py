@@ -66,6 +66,11 @@ PHASES = {
 }
 
 
+def unheld(kind):
+    """Without evaluations, policies sample and reward for rollouts alone, whose calls can then be counted."""
+    return {"eval_data": None, "evaluate_every": 0} if kind == "ppo" else {}
+
+
 @pytest.fixture(scope="module")
 def wholes(at, tmp_path_factory):
     """Runs that nothing interrupted, by kind."""
@@ -73,7 +78,10 @@ def wholes(at, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         return {
-            kind: (watched.train(examples.settings(kind, at, folder / kind, save_every=1)), folder / kind)
+            kind: (
+                watched.train(examples.settings(kind, at, folder / kind, save_every=1, **unheld(kind))),
+                folder / kind,
+            )
             for kind in ("sft", "ppo")
         }
 
@@ -82,7 +90,7 @@ def wholes(at, tmp_path_factory):
 def test_r12_a_signal_in_any_phase_half_does_nothing(phase, at, wholes, tmp_path):
     kind, owner, name, call, after, numbers, done = PHASES[phase]
     whole, folder = wholes[kind]
-    settings = examples.settings(kind, at, tmp_path / "run")
+    settings = examples.settings(kind, at, tmp_path / "run", **unheld(kind))
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.MonkeyPatch.context() as patch:
         at_call(patch, owner, name, call, *numbers, after=after)
@@ -118,7 +126,7 @@ def test_r12_a_signal_while_the_reference_stands_in_saves_the_policy(at, wholes,
             setattr(owner, name, module)
 
     whole, _ = wholes["ppo"]
-    settings = examples.settings("ppo", at, tmp_path / "run")
+    settings = examples.settings("ppo", at, tmp_path / "run", **unheld("ppo"))
     with monkeypatch.context() as patch:
         patch.setattr(policy, "replaced", torn)
         with pytest.raises(Interrupted, match="stopped at step 4"):
@@ -138,7 +146,9 @@ def test_r12_rewards_that_catch_every_exception_do_not_swallow_a_signal(at, tmp_
         "    except Exception:\n"
         "        return [0.0 for text in completions]\n"
     )
-    settings = examples.settings("ppo", at, tmp_path / "run", rewards=f"{tmp_path / 'careful.py'}:careful", steps=2)
+    settings = examples.settings(
+        "ppo", at, tmp_path / "run", rewards=f"{tmp_path / 'careful.py'}:careful", steps=2, **unheld("ppo")
+    )
     with pytest.raises(Interrupted, match="stopped at step 0"):
         watched.train(settings)
     (tmp_path / "careful.py.calm").write_text("from now on")
@@ -173,7 +183,7 @@ def test_whatever_ends_a_run_the_hooks_are_told(way, at, tmp_path, monkeypatch):
 
 @pytest.mark.timeout(600)  # five processes start, on what may be a busy machine
 def test_r3_r12_a_process_stopped_and_killed_again_and_again(at, tmp_path):
-    changes = {"steps": 40, "rollout": 4, "evaluate_every": 0}
+    changes = {"steps": 40, "rollout": 4, **unheld("ppo")}
     whole = watched.train(examples.settings("ppo", at, tmp_path / "whole", **changes))
     settings = examples.settings("ppo", at, tmp_path / "run", **changes)
     file = tmp_path / "ppo.yaml"

@@ -233,7 +233,7 @@ def test_B27_what_stands_in_the_padding_does_not_matter(kind):
             with laid(policy, lay), torch.no_grad():
                 outputs = [
                     policy(replace(MIXED, tokens=MIXED.tokens.masked_fill(~MIXED.attention, pad)), **asked)
-                    for pad in (0, 256, 31)
+                    for pad in (0, 256, -100)
                 ]
             for output in outputs[1:]:
                 for name, tensor in output._asdict().items():
@@ -447,6 +447,8 @@ def test_B33_an_unusual_head_is_found_out_and_used_as_it_is(kind):
         expected = gradients(policy, MIXED)
     with laid(policy, layout.shared):
         assert_close(gradients(policy, MIXED), expected)
+    policy.temperature = 0.5
+    torch.testing.assert_close(policy(MIXED).logprobs, alone(policy, MIXED, 0.5).logprobs, atol=1e-10, rtol=0)
 
 
 def test_the_probe_keeps_what_is_right():
@@ -622,7 +624,11 @@ def test_a_frozen_head_under_autocast_is_not_mixed_up_with_the_references(folder
     moved(policy, MIXED)
     policy.requires_grad_(False)
     with torch.autocast("cpu", torch.bfloat16):
+        with policy.as_reference():
+            reference = policy(MIXED).logprobs
         before = policy(MIXED).logprobs
+        with policy.as_reference():
+            assert torch.equal(policy(MIXED).logprobs, reference)
         with pytest.raises(AttributeError), policy.as_reference():
             policy(MIXED)._no_such_thing()
         assert torch.equal(policy(MIXED).logprobs, before)

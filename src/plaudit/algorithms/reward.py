@@ -62,9 +62,10 @@ class RewardModelling(FromData):
         scores: Tensor = self.model(batch, logprobs=False, scores=True).scores
         return scores
 
-    def centred(self, total: Tensor, scores: Tensor, units: Tensor | float) -> Tensor:
-        """The loss with the mean squared score beside it, counted in the loss's units."""
-        return total + self.settings.centering * scores.square().mean() * units if self.settings.centering else total
+    def centred(self, total: Tensor, scores: Tensor, share: Tensor | float) -> Tensor:
+        """The loss with the mean squared score of each pair's two texts beside it; `share`, one number or (B,), is
+        how much the pairs of a row count, halved."""
+        return total + self.settings.centering * (share * scores.square()).sum()
 
     def heldout_scores(self) -> tuple[Batch, Tensor]:
         """The held-out rows and their scores."""
@@ -80,7 +81,7 @@ class RewardModelling(FromData):
         return {f"heldout_{name}": value for name, value in self.found.items() if isinstance(value, float)}
 
     def report(self) -> dict[str, Any]:
-        """Held-out accuracy and calibration, with the reliability table that a report draws."""
+        """Held-out accuracy and calibration, with the reliability table that a report draws; nothing without pairs."""
         raise NotImplementedError
 
 
@@ -96,17 +97,12 @@ class FromComparisons(RewardModelling):
         scores = self.scores(batch)
         preference, margin = batch.targets[0::2].unbind(1)
         total, stats = bradley_terry(scores[0::2], scores[1::2], preference, margin, noise=self.settings.noise)
-        return self.centred(total, scores, len(batch) // 2), stats
+        return self.centred(total, scores, 0.5), stats
 
     def report(self) -> dict[str, Any]:
         batch, scores = self.heldout_scores()
         assert batch.targets is not None
-        lead = (scores[0::2] - scores[1::2]).cpu()
-        preference = batch.targets[0::2, 0].cpu()
-        decided = preference != 0.5
-        right = ((lead > 0) == (preference > 0.5))[decided].float() * (lead != 0)[decided] + 0.5 * (lead == 0)[decided]
-        table = statistics.calibration(torch.sigmoid(lead.abs()).numpy(), _favoured(lead, preference).numpy())
-        return _figures(float(right.mean()), table)
+        return _of_pairs((scores[0::2] - scores[1::2]).cpu(), batch.targets[0::2, 0].cpu())
 
 
 class AllPairs(RewardModelling):
@@ -123,7 +119,7 @@ class AllPairs(RewardModelling):
         scores = self.scores(batch)
         preference, weight = self.pairs(batch)
         total, stats = all_pairs(scores, preference, weight, noise=self.settings.noise)
-        return self.centred(total, scores, weight.triu(1).sum()), stats
+        return self.centred(total, scores, weight.sum(1) / 2), stats
 
 
 class FromRankings(AllPairs):
@@ -143,10 +139,8 @@ class FromRankings(AllPairs):
         batch, scores = self.heldout_scores()
         preference, weight = (matrix.cpu() for matrix in self.pairs(batch))
         i, j = torch.nonzero(weight.triu(1), as_tuple=True)
-        lead = (scores[i] - scores[j]).cpu()
-        right = ((lead > 0) == (preference[i, j] > 0.5)).float()
-        table = statistics.calibration(torch.sigmoid(lead.abs()).numpy(), _favoured(lead, preference[i, j]).numpy())
-        return _figures(float(right.mean()), table)
+        scores = scores.cpu()
+        return _of_pairs(scores[i] - scores[j], preference[i, j])
 
 
 class FromRatings(AllPairs):
@@ -176,8 +170,10 @@ class FromRatings(AllPairs):
         assert batch.targets is not None
         values, ratings = scores.cpu().numpy(), batch.targets.cpu().numpy()
         gap = self.settings.report_gap
-        accuracy = statistics.pairwise_accuracy(values, np.nanmean(ratings, 1), gap)
         predicted, observed = statistics.pair_probabilities(values, ratings)
+        if not len(predicted):
+            return {}
+        accuracy = statistics.pairwise_accuracy(values, np.nanmean(ratings, 1), gap)
         figures = _figures(accuracy.accuracy, statistics.calibration(predicted, observed))
         one = statistics.one_rater_accuracy(ratings, gap)
         return {**figures, "pairs": accuracy.pairs, "accuracy_one_rater": one.accuracy}
@@ -194,9 +190,16 @@ def chances(targets: Tensor) -> Tensor:
     return ((above + 0.5 * level) * both).sum((2, 3)) / both.sum((2, 3)).clamp(min=1)
 
 
-def _favoured(lead: Tensor, preference: Tensor) -> Tensor:
-    """How far people preferred the one of two that the model puts first."""
-    return torch.where(lead >= 0, preference, 1 - preference)
+def _of_pairs(lead: Tensor, preference: Tensor) -> dict[str, Any]:
+    """Figures of pairs from how far the first of each leads and is preferred, both (P,): people's ties have no right
+    answer, and equal scores are half right. Nothing if all are ties."""
+    side = torch.sign(preference - 0.5)
+    if not side.any():
+        return {}
+    right = (1 + torch.sign(lead) * side)[side != 0] / 2
+    favoured = torch.where(lead >= 0, preference, 1 - preference)  # how far people preferred what the model puts first
+    table = statistics.calibration(torch.sigmoid(lead.abs()).numpy(), favoured.numpy())
+    return _figures(float(right.mean()), table)
 
 
 def _figures(accuracy: float, found: statistics.Calibration) -> dict[str, Any]:

@@ -1,0 +1,126 @@
+"""How a batch is cut, ordered, padded or repeated changes no gradient (B29, B39)."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import examples
+from plaudit.batch import Batch
+from plaudit.trainer import Trainer
+
+KINDS = ("sft", "comparisons", "rankings", "ratings", "ppo", "ppo-top")
+CENTRED = {"comparisons", "rankings", "ratings"}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def case(request, at, tmp_path_factory):
+    """(algorithm, settings, batch) in float64: rows of unequal lengths, and a policy that is no longer what sampled."""
+    changes = {"centering": 0.3, "noise": 0.1} if request.param in CENTRED else {}
+    if request.param in ("sft", *CENTRED):
+        changes |= {"dropout": False, "batch_size": 7}
+    else:
+        changes |= {"batch_size": 8}
+    settings = examples.settings(request.param, at, tmp_path_factory.mktemp("run"), **changes)
+    algorithm = examples.built(settings)
+    batch = next(algorithm.batches())
+    assert len(set(batch.lengths.tolist())) > 2
+    algorithm.policy.double()
+    if batch.trunk is not None:
+        batch = dataclasses.replace(batch, trunk=batch.trunk.double())
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in algorithm.policy.learning().values():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator).double()
+    return algorithm, settings, batch
+
+
+def gradient(case, batch, tokens=10**9):
+    """The trainer's own gradient of a batch, as one vector, its figures, and how many parts the batch was cut into."""
+    algorithm, settings, _ = case
+    trainer = Trainer(None, algorithm.world, dataclasses.replace(settings, tokens_per_pass=tokens))
+    algorithm.policy.zero_grad()
+    trainer._gradients(algorithm, batch)
+    grads = [p.grad for p in algorithm.policy.learning().values() if p.grad is not None]
+    assert grads
+    return torch.cat([grad.flatten() for grad in grads]), trainer.figures, len(list(batch.split(tokens)))
+
+
+def assert_same(found, expected):
+    assert expected[0].abs().max() > 1e-4
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=1e-9 * float(expected[0].abs().max()))
+    assert found[1].keys() == expected[1].keys()
+    assert found[1] == pytest.approx(expected[1], rel=1e-6, abs=1e-9)
+
+
+def test_b29_how_a_batch_is_cut_changes_nothing(case):
+    algorithm, _, batch = case
+    whole = gradient(case, batch)
+    assert whole[2] == 1
+    groups = len(batch.blocks())
+    cuts = [gradient(case, batch, tokens) for tokens in (1, 3 * int(batch.lengths.max()))]
+    assert cuts[0][2] == groups  # nothing smaller than a group
+    for cut in cuts:
+        assert_same(cut, whole)
+    if hasattr(algorithm, "moved"):
+        assert whole[1]["clip_fraction"] > 0  # or the case would be too easy
+
+
+def test_b39_the_order_of_rows_changes_nothing(case):
+    _, _, batch = case
+    blocks = batch.blocks()
+    # All ratings of a batch are one group, in which any row may stand anywhere.
+    order = torch.cat(blocks[::-1]) if len(blocks) > 1 else blocks[0].flip(0)
+    assert_same(gradient(case, batch.rows(order)), gradient(case, batch))
+
+
+def test_b39_a_group_given_twice_counts_twice(case):
+    algorithm, _, batch = case
+    block = batch.blocks()[0]
+    if len(block) == len(batch):
+        pytest.skip("all ratings of a batch are one group")
+    first, both = batch.rows(block), batch.rows(torch.cat([torch.arange(len(batch)), block]))
+    both.groups[-len(block) :] = int(batch.groups.max()) + 1
+    weights = [algorithm.weight(b).double() for b in (batch, first)]
+    parts = [gradient(case, b)[0] for b in (batch, first)]
+    expected = (parts[0] * weights[0] + parts[1] * weights[1]) / algorithm.weight(both)
+    torch.testing.assert_close(gradient(case, both)[0], expected, rtol=1e-6, atol=1e-9 * float(expected.abs().max()))
+
+
+def test_what_lies_outside_rows_and_actions_changes_nothing(case):
+    _, _, batch = case
+    rows, columns = batch.tokens.shape
+    wide = {}
+    for name, tensor in batch.tensors().items():
+        if tensor.dim() >= 2 and name != "targets":
+            tensor = torch.cat([tensor, tensor.new_zeros(rows, 5, *tensor.shape[2:])], 1)
+        wide[name] = tensor
+    padding = ~wide["attention"]
+    assert int(padding.sum()) > 5 * rows
+    generator = torch.Generator().manual_seed(1)
+    wide["tokens"] = torch.where(padding, torch.randint(0, 257, padding.shape, generator=generator), wide["tokens"])
+    for name in ("logprobs", "values", "advantages", "returns"):
+        if name in wide:
+            wide[name] = wide[name].masked_fill(~wide["actions"], torch.nan)
+    assert wide["tokens"].shape[1] == columns + 5
+    assert_same(gradient(case, Batch(**wide)), gradient(case, batch))
+
+
+def test_a_batch_is_handed_out_with_gradients_on(case):
+    algorithm, _, _ = case
+    for batch, _ in zip(algorithm.batches(), range(3), strict=False):
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+        assert not any(tensor.is_inference() for tensor in batch.tensors().values())
+
+
+def test_b25_what_was_given_gets_no_gradient(case):
+    algorithm, _, batch = case
+    names = ("logprobs", "values", "advantages", "returns", "scores", "trunk")
+    floats = {name: t.clone().requires_grad_() for name, t in batch.tensors().items() if name in names}
+    loss, stats = algorithm.loss(dataclasses.replace(batch, **floats))
+    loss.backward()
+    # Frozen activations are inputs of what learns, so that a gradient reaches them and ends there.
+    reached = {name for name, tensor in floats.items() if tensor.grad is not None and tensor.grad.abs().sum() > 0}
+    assert reached <= {"trunk"}
+    assert not any(value.requires_grad for value in stats.values())
