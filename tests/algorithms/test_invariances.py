@@ -84,7 +84,8 @@ def test_b39_a_group_given_twice_counts_twice(case):
     weights = [algorithm.weight(b).double() for b in (batch, first)]
     parts = [gradient(case, b)[0] for b in (batch, first)]
     expected = (parts[0] * weights[0] + parts[1] * weights[1]) / algorithm.weight(both)
-    torch.testing.assert_close(gradient(case, both)[0], expected, rtol=1e-6, atol=1e-9 * float(expected.abs().max()))
+    # Llama's norms compute in float32 whatever the weights are, and here the three losses have different scales.
+    torch.testing.assert_close(gradient(case, both)[0], expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
 
 def test_what_lies_outside_rows_and_actions_changes_nothing(case):
@@ -106,9 +107,12 @@ def test_what_lies_outside_rows_and_actions_changes_nothing(case):
     assert_same(gradient(case, Batch(**wide)), gradient(case, batch))
 
 
-def test_a_batch_is_handed_out_with_gradients_on(case):
-    algorithm, _, _ = case
-    for batch, _ in zip(algorithm.batches(), range(3), strict=False):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_is_handed_out_with_gradients_on(kind, at, tmp_path):
+    algorithm = examples.built(examples.settings(kind, at, tmp_path / "run"))
+    batches = algorithm.batches()
+    for _ in range(5):
+        batch = next(batches)
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
         assert not any(tensor.is_inference() for tensor in batch.tensors().values())

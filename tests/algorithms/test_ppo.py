@@ -319,6 +319,9 @@ def test_the_state_carries_a_rollout_in_use_and_all_that_runs_on(algorithm, at, 
         assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert algorithm.state()["rollout"] == {}  # used up
     assert torch.equal(next(batches).tokens, next(again).tokens)  # and the generator went along
+    other.world = dataclasses.replace(other.world, size=2)
+    with pytest.raises(PlauditError, match=r"saved by 1 processes, .* go on with as many, not 2"):
+        other.restore(state)
 
 
 @pytest.mark.parametrize(

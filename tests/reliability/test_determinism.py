@@ -1,10 +1,9 @@
 """The same seed gives the same bits, another seed gives others (R18); two processes give what one gives (B30)."""
 
-import json
 import os
+import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 import examples
 import watched
 from plaudit import config
+from plaudit.trainer import Interrupted
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -48,26 +48,34 @@ def test_r18_the_seed_reaches_rewards_that_draw_at_random(at, tmp_path):
 
 
 @pytest.mark.timeout(600)  # two processes start, on what may be a busy machine
-def test_b30_two_processes_learn_what_one_learns(at, tmp_path):
-    settings = examples.settings(
-        "sft", at, tmp_path / "one", dropout=False, batch_size=5, steps=4, evaluate_every=2, save_every=3
-    )
-    watched.train(settings)
+def test_r7_b30_one_process_and_two_are_one_run(at, tmp_path):
+    def settings(name):
+        changes = {"dropout": False, "batch_size": 5, "steps": 6, "evaluate_every": 2, "save_every": 5}
+        return examples.settings("sft", at, tmp_path / name, **changes)
+
+    whole = watched.train(settings("one"))
+    with pytest.raises(Interrupted):
+        watched.train(settings("two"), signal_after=2)
     file = tmp_path / "sft.yaml"
-    file.write_text(config.to_yaml(settings))
+    file.write_text(config.to_yaml(settings("two")))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    command += ["plaudit.cli", "sft", "--config", str(file), "--output", str(tmp_path / "two"), "--device", "cpu"]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500
-    )
+    command += ["plaudit.cli", "sft", "--config", str(file), "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
-    one, two = (watched.logged(tmp_path / name)[0] for name in ("one", "two"))
-    assert [row.keys() for row in one] == [row.keys() for row in two]
-    for row, other in zip(one, two, strict=True):
-        assert other == pytest.approx(row, rel=1e-5)
-    weights = [load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two")]
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-5, atol=1e-5)
-    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
-    assert summary["steps"] == 4
-    assert [path.name for path in (Path(tmp_path) / "two" / "checkpoints").iterdir()] == ["step-000003"]
+    assert done.stderr.count("goes on from step 2") == 1
+    # Two processes trained the last four steps, and one can go on from what they saved.
+    shutil.copytree(tmp_path / "two", tmp_path / "three", ignore=shutil.ignore_patterns("summary.json", "final"))
+    rest = watched.train(settings("three"))
+    assert rest.rows == {6: whole.rows[6]}
+    expected, _ = watched.logged(tmp_path / "one")
+    weights = load_file(tmp_path / "one" / "final" / "model.safetensors")
+    for name in ("two", "three"):
+        lines, _ = watched.logged(tmp_path / name)
+        assert [line.keys() for line in lines] == [line.keys() for line in expected]
+        for line, other in zip(lines, expected, strict=True):
+            assert line == pytest.approx(other, rel=1e-5)
+        found = load_file(tmp_path / name / "final" / "model.safetensors")
+        for key, tensor in weights.items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5)
+    assert (tmp_path / "two" / "summary.json").exists()

@@ -214,6 +214,7 @@ class OnPolicyAlgorithm(Algorithm):
         moments = self.rewards.moments
         return {
             **super().state(),
+            "processes": self.world.size,
             "generator": self.generator.get_state(),
             "coefficient": self.controller.coefficient,
             "moments": [moments.count, moments.mean, moments.m2],
@@ -221,6 +222,11 @@ class OnPolicyAlgorithm(Algorithm):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        if state["processes"] != self.world.size:
+            raise PlauditError(
+                f"the run was saved by {state['processes']} processes, each with a part of the rollout and random "
+                f"numbers of its own: go on with as many, not {self.world.size}."
+            )
         super().restore(state)
         self.generator.set_state(state["generator"])
         self.controller = replace(self.controller, coefficient=state["coefficient"])
