@@ -70,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"plaudit {arguments[0]}: {error}", file=sys.stderr)
         return int(getattr(error, "code", 1))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # One of several processes: all is written, and at the interpreter's own end gloo's threads may abort it
+        # (pytorch/pytorch#179291), which would tell the launcher of a failure that was none.
+        sys.stderr.flush()
+        os._exit(0)
     return 0
 
 

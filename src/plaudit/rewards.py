@@ -202,7 +202,7 @@ def load_rewards(
         elif kind == "label":
             label, _, model = rest.partition("@")
             sources[spec] = LabelReward(model, label, device)
-        elif ":" in spec and sys.platform != "win32":
+        elif ":" in spec:
             sources[spec] = load_function(spec, folder)
         else:
             tokenizer = load_tokenizer(spec)
