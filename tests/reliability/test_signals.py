@@ -22,6 +22,7 @@ from plaudit.algorithms.sft import SupervisedFineTuning
 from plaudit.rewards import Rewards
 from plaudit.sampler import LocalSampler
 from plaudit.trainer import Interrupted, Trainer
+from plaudit.world import World
 
 SLOW_RUN = Path(__file__).parents[1] / "processes" / "slow_run.py"
 
@@ -58,6 +59,7 @@ PHASES = {
     "between two micro-batches": ("sft", SupervisedFineTuning, "loss", 3, True, (signal.SIGINT,), None),
     "the update": ("ppo", Trainer, "_update", 3, False, (signal.SIGINT,), 3),
     "after the update": ("ppo", ProximalPolicyOptimisation, "after_step", 4, True, (signal.SIGTERM,), 4),
+    "between two steps": ("ppo", World, "stop_requested", 2, True, (signal.SIGTERM,), 2),
     "an evaluation": ("sft", SupervisedFineTuning, "evaluate", 2, False, (signal.SIGTERM,), 2),
     "a log line": ("sft", hooks.Logging, "after_step", 3, False, (signal.SIGINT,), 3),
     "a save": ("ppo", checkpoint, "_write_tensors", 3, True, (signal.SIGTERM,), 3),
