@@ -8,6 +8,7 @@ from typing import Any
 
 import tiny
 from plaudit import PPO, SFT, Reward, recipes
+from plaudit.families import family_of
 
 LETTERS = "abcdefgh"
 REWARDS = """
@@ -121,7 +122,9 @@ def built(settings: Any) -> Any:
     """The algorithm of these settings, before any training."""
     settings, loaded = recipes.prepare(settings)
     world = recipes.start_world(settings)
-    return recipes._BUILDERS[type(settings)](settings, world, loaded)[0]
+    template = recipes.template_of(settings)
+    loaded = recipes.encode(settings, template, loaded)
+    return family_of(settings).build(settings, world, template, loaded.training, loaded.held)
 
 
 KINDS = ("sft", "comparisons", "rankings", "ratings", "ppo", "ppo-top", "ppo-adapter")

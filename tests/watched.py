@@ -17,7 +17,7 @@ from plaudit import checkpoint, hooks
 from plaudit.trainer import Trainer
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """Stands for a kill: nothing of plaudit catches it."""
 
 
@@ -54,16 +54,16 @@ def train(
     """`plaudit.train`, watched. A signal comes after one step; a kill after one, before anything is saved of it."""
     seen = Seen() if seen is None else seen
 
-    class Saving(hooks.Saving):
+    class Watching(hooks.Progressing):
         def begin(self, trainer: Trainer) -> None:
             seen.trainer, seen.first = trainer, trainer.step + 1
             super().begin(trainer)
 
         def after_step(self, trainer: Trainer) -> None:
+            super().after_step(trainer)
             seen.digests[trainer.step] = digest(trainer)
             if trainer.step == kill_after:
                 raise Killed
-            super().after_step(trainer)
             if trainer.step == signal_after:
                 signal.raise_signal(number)
 
@@ -75,7 +75,7 @@ def train(
         gradients(trainer, algorithm, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hooks, "Saving", Saving)
+        patch.setattr(hooks, "Progressing", Watching)
         patch.setattr(Trainer, "_gradients", watched)
         plaudit.train(settings)
     return seen

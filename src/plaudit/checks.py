@@ -125,6 +125,12 @@ def check_rollout(rollout: int, batch_size: int, group: int) -> None:
         raise PlauditError(f"group ({group}) must divide batch_size ({batch_size}), or a prompt's answers are torn.")
 
 
+def check_processes(batch_size: int, processes: int) -> None:
+    """Raises PlauditError unless every process has a row of each batch."""
+    if batch_size < processes:
+        raise PlauditError(f"batch_size ({batch_size}) leaves some of {processes} processes without a row: raise it.")
+
+
 def _check_function(spec: str) -> None:
     """Looks for `file.py:name` without running the file, which may do or load anything."""
     place, _, name = spec.rpartition(":")

@@ -11,26 +11,12 @@ from typing import Any
 
 from plaudit.errors import PlauditError
 
-_VERBS = """\
-  pull        fetch a public model or data set, pinned by its SHA-256
-  sft         learn to continue prompts as demonstrations do
-  reward      a reward model from comparisons, rankings or ratings
-  ppo         a policy that learns to please a reward, near a reference
-  sample      completions of prompts, to a file or in the terminal
-  evaluate    policies side by side: reward, judge, win rate, KL, diversity
-  explain     what a run would do: batches, memory, one example with its mask
-  run         a file of stages; what is done is not done again
-  quickstart  the whole loop on a small model and real human ratings
-  report      one HTML page of a run or a pipeline
-"""
-_HELP = f"""\
-usage: plaudit VERB [--config FILE] [--field value ...]
-
-plaudit teaches language models from what people prefer.
-
-{_VERBS}
-`plaudit VERB --help` shows that verb's settings. Settings come from defaults, then the YAML file, then flags.
-"""
+_OTHERS = {
+    "run": "A file of stages; what is done is not done again.",
+    "quickstart": "The whole loop on a small model and real human ratings.",
+    "explain": "What a run would do: batches, memory, one example with its mask.",
+    "report": "One HTML page of a run or a pipeline.",
+}
 _USAGES = {
     "run": "usage: plaudit run FILE [output=FOLDER] [stage.field=value ...]",
     "quickstart": "usage: plaudit quickstart [output=FOLDER] [stage.field=value ...]",
@@ -44,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal, once the last finished step is saved."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_HELP, end="")
+        print(_help())
         return 0
     if arguments[0] == "--version":
         from plaudit import __version__
@@ -78,6 +64,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _help() -> str:
+    """All verbs, family by family, each with the first sentence of its settings."""
+    from plaudit.settings import FAMILIES
+
+    families = {name: {verb: str(cls.__doc__) for verb, cls in verbs.items()} for name, verbs in FAMILIES.items()}
+    lines = [
+        "usage: plaudit VERB [--config FILE] [--field value ...]",
+        "",
+        "plaudit teaches language models from what people prefer.",
+    ]
+    for name, verbs in {**families, "Whole runs": _OTHERS}.items():
+        first = {verb: " ".join(said.split(".")[0].split()) for verb, said in verbs.items()}
+        lines += ["", f"{name}:", *(f"  {verb:<13} {said}" for verb, said in first.items())]
+    lines += ["", "`plaudit VERB --help` shows the settings of a verb: defaults, then the YAML file, then flags."]
+    return "\n".join(lines)
+
+
 @contextmanager
 def _flushed() -> Iterator[None]:
     """That the reader of the output has gone should show here, not while Python shuts down."""
@@ -95,6 +98,7 @@ def _be_quiet() -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "TQDM_DISABLE": "1",
     }.items():
         os.environ.setdefault(name, value)
 
@@ -125,7 +129,7 @@ def _settings(verb: str, words: list[str], prog: str) -> Any:
 
         others = [] if prog.endswith("explain") else [*_USAGES, "--help", "--version"]
         near = get_close_matches(verb, [*VERBS, *others], 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join([*VERBS, *others[:4]])}."
+        hint = f"did you mean {near[0]!r}?" if near else "`plaudit --help` lists them all."
         raise PlauditError(f"there is no verb {verb!r}{' to explain' * (not others)}; {hint}")
     return config.from_arguments(VERBS[verb], words, f"{prog} {verb}")
 

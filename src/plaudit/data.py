@@ -110,11 +110,14 @@ def shard(items: Sequence[R], rank: int, size: int) -> list[R]:
     return list(items[rank::size])
 
 
-def within(items: Iterable[R], length: Callable[[R], int], limit: int, what: str) -> tuple[list[R], list[str]]:
-    """Items of at most `limit` tokens, and a sentence about the others. Raises PlauditError if none is left."""
+def within(
+    items: Iterable[R], length: Callable[[R], int], limit: int, what: str, needed: bool = True
+) -> tuple[list[R], list[str]]:
+    """Items of at most `limit` tokens, and a sentence about the others. Raises PlauditError if none is left of what is
+    `needed`."""
     items = list(items)
     kept = [item for item in items if length(item) <= limit]
-    if not kept:
+    if needed and not kept:
         shortest = min(length(item) for item in items)
         raise PlauditError(
             f"every {what} is longer than {limit} tokens (the shortest has {shortest}): raise the limit."

@@ -29,11 +29,11 @@ def explain(settings: Any) -> None:
         return
     settings, loaded = prepare(settings)
     template = template_of(settings)
-    items = encode(settings, template, loaded)
-    for line in (*_arithmetic(settings, len(items)), *_memory(settings), *loaded.notes):
+    loaded = encode(settings, template, loaded)
+    for line in (*_arithmetic(settings, len(loaded.training)), *_memory(settings), *loaded.notes):
         console.print(line, highlight=False, markup=False)
     console.print("\n[bold]One example[/], what is learned in green between ⟦ and ⟧:")
-    console.print(_shown(items[0], template))
+    console.print(_shown(loaded.training[0], template))
 
 
 def _arithmetic(settings: Training, rows: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""What happens beside training: progress and logs, evaluation, samples, checkpoints."""
+"""What happens beside training: progress and logs, evaluation, samples."""
 
 from __future__ import annotations
 
@@ -136,7 +136,8 @@ class Evaluating:
 
     def begin(self, trainer: Trainer) -> None:
         # A run that was killed between its last step and its end still owes its last figures.
-        if trainer.step == trainer.steps or (trainer.step == 0 and trainer.algorithm.evaluates_first):
+        last = trainer.step == trainer.steps and not trainer.owed
+        if last or (trainer.step == 0 and trainer.algorithm.evaluates_first):
             self._evaluate(trainer)
 
     def after_step(self, trainer: Trainer) -> None:
@@ -149,24 +150,12 @@ class Evaluating:
     def _evaluate(self, trainer: Trainer) -> None:
         # Rewards may draw at random, and a run that goes on from here does not evaluate again: it must leave no trace.
         before = checkpoint.random_states()
-        figures = trainer.algorithm.evaluate()
+        with trainer.interruptible():
+            figures = trainer.algorithm.evaluate()
         checkpoint.restore_random_states(before)
         trainer.figures |= figures
         if figures and trainer.step == 0 and trainer.world.is_main:
             trainer.run.log(0, figures)
-
-
-class Saving:
-    """A checkpoint every so many steps."""
-
-    def begin(self, trainer: Trainer) -> None: ...
-
-    def after_step(self, trainer: Trainer) -> None:
-        every = trainer.settings.save_every
-        if every and trainer.step % every == 0 and trainer.step < trainer.steps:
-            trainer.save()
-
-    def end(self, trainer: Trainer) -> None: ...
 
 
 def tell(message: str) -> None:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from plaudit import checks, config, data, machine, sources
 from plaudit.errors import PlauditError
-from plaudit.recipes import asked_of, left_out, listed, opened, start_world
+from plaudit.families import asked_of
+from plaudit.recipes import left_out, listed, opened, start_world
 from plaudit.records import Loaded, Prompt
 from plaudit.run import Run, write_atomically
 from plaudit.settings import Evaluate, Sample
@@ -86,7 +87,7 @@ def _asked(settings: Common, template: Template, loaded: Loaded[Prompt], chosen:
     """Prompts as token ids; the terminal is told what was left out."""
     from plaudit.hooks import tell
 
-    asked, notes = asked_of(chosen, template, settings.max_prompt_tokens)
+    asked, notes = data.within(asked_of(chosen, template), len, settings.max_prompt_tokens, "prompt")
     for note in (*left_out(loaded), *notes):
         tell(note)
     return asked

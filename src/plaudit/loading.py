@@ -39,7 +39,7 @@ def load_tokenizer(name: str) -> Any:
     check_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a damaged file, the tokenizers library raises nothing narrower
         raise PlauditError(f"model: cannot load the tokenizer of {name!r}: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
         raise PlauditError(f"model: the tokenizer of {name!r} has no end token: set `eos_token` and save it again.")

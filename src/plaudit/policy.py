@@ -128,9 +128,16 @@ class Policy(nn.Module):
         if values and self.value is not None:
             result = result._replace(values=at_actions(_scalar(self.value, hidden[before]), batch.actions))
         if scores:
-            last = layout.where.gather(1, (batch.lengths - 1)[:, None]).squeeze(1)
+            last = layout.where.gather(1, self._scored(batch)[:, None]).squeeze(1)
             result = result._replace(scores=_scalar(self.backbone.score, hidden[last]))
         return result
+
+    def _scored(self, batch: Batch) -> Tensor:
+        """(B,) the column whose score counts: the last that is no padding token, as Hugging Face's classifiers read
+        it. Models whose padding token is the end token are so read, and were so trained, one before the end."""
+        padding = self.config.get_text_config().pad_token_id
+        real = batch.attention if padding is None else batch.attention & (batch.tokens != padding)
+        return (real * torch.arange(real.shape[1], device=real.device)).amax(1)
 
     def layout(self, batch: Batch) -> Layout:
         """The cheapest exact arrangement that this backbone can take."""

@@ -1,29 +1,25 @@
-"""From settings to finished runs: the only place that knows every class. Heavy imports wait until the settings,
-the paths and the data have been looked at."""
+"""From settings to finished runs. Heavy imports wait until the settings, the paths and the data have been looked at."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plaudit import checks, config, data, machine, sources
 from plaudit.errors import PlauditError
-from plaudit.records import Comparison, Demonstration, Loaded, Prompt, Ranking, Rating
+from plaudit.families import family_of
+from plaudit.records import Loaded
 from plaudit.run import Run
-from plaudit.settings import PPO, SFT, Reward
+from plaudit.settings import Reward
 from plaudit.settings.common import Common, Training
 from plaudit.settings.policy_gradient import OnPolicy
 
 if TYPE_CHECKING:
-    from plaudit.algorithms.base import Algorithm
-    from plaudit.algorithms.on_policy import Asked
-    from plaudit.algorithms.reward import Judged
-    from plaudit.policy import Policy
     from plaudit.templates import Template
     from plaudit.world import World
 
@@ -58,27 +54,30 @@ def _fit(settings: Training, loaded: Data, run: Run, world: World | None) -> Non
     machine.forget_peak()
     started = time.perf_counter()
     world = world or start_world(settings)
-    algorithm, tokenizer = _BUILDERS[type(settings)](settings, world, loaded)
+    template = template_of(settings)
+    loaded = encode(settings, template, loaded)
+    family = family_of(settings)
+    algorithm = family.build(settings, world, template, loaded.training, loaded.held)
     named = config.verb_of(type(settings))
-    trainer = Trainer(
-        run, world, settings, [hooks.Evaluating(), hooks.Logging(), hooks.Progressing(named), hooks.Saving()]
-    )
+    trainer = Trainer(run, world, settings, [hooks.Evaluating(), hooks.Logging(), hooks.Progressing(named)])
     trainer.messages += loaded.notes
-    trainer.fit(algorithm)
-    if world.is_main:
-        save_pretrained(algorithm.policy, tokenizer, run.final)
-        figures = _SUMMARIES[type(settings)](algorithm, run)
-        run.finish(
-            {
-                "verb": named,
-                "steps": trainer.step,
-                "seconds": trainer.seconds_before + time.perf_counter() - started,
-                "peak_memory_mb": machine.peak_memory_mb(),
-                "tokens_per_second": trainer.tokens / max(trainer.seconds, 1e-9),
-                **figures,
-            }
-        )
-    world.barrier()
+
+    def finish() -> None:
+        if world.is_main:
+            save_pretrained(algorithm.policy, template.tokenizer, run.final)
+            run.finish(
+                {
+                    "verb": named,
+                    "steps": trainer.step,
+                    "seconds": trainer.seconds_before + time.perf_counter() - started,
+                    "peak_memory_mb": machine.peak_memory_mb(),
+                    "tokens_per_second": trainer.tokens / max(trainer.seconds, 1e-9),
+                    **family.figures(algorithm, run),
+                }
+            )
+        world.barrier()
+
+    trainer.fit(algorithm, finish)
 
 
 @contextmanager
@@ -114,6 +113,7 @@ def prepare(settings: Training) -> tuple[Training, Data]:
     checks.check_data(settings.data)
     checks.check_data(settings.eval_data)
     checks.check_model(settings.model)
+    checks.check_processes(settings.batch_size, machine.processes()[1])
     if isinstance(settings, OnPolicy):
         checks.check_rewards(listed(settings.rewards))
         checks.check_rollout(settings.rollout, settings.batch_size, settings.group)
@@ -123,7 +123,7 @@ def prepare(settings: Training) -> tuple[Training, Data]:
 
 def load_records(settings: Training) -> Data:
     """What a run trains on and holds out, read before any model is. Raises PlauditError."""
-    kind = {SFT: Demonstration, PPO: Prompt}.get(type(settings)) or _judgement_kind(settings)
+    kind = family_of(settings).record(settings)
     loaded = data.load(settings.data, kind, settings.split)
     notes = left_out(loaded)
     if settings.eval_data is not None:
@@ -134,15 +134,6 @@ def load_records(settings: Training) -> Data:
     if not training:
         raise PlauditError(f"data: nothing is left to train on with holdout {settings.holdout}: lower it.")
     return Data(training, held[: settings.eval_limit], notes)
-
-
-def _judgement_kind(settings: Training) -> type[Any]:
-    columns = data.columns_of(settings.data, settings.split)
-    if "chosen" in columns and "rejected" in columns:
-        return Comparison
-    if "ranking" in columns:
-        return Ranking
-    return Rating
 
 
 def left_out(loaded: Loaded[Any]) -> list[str]:
@@ -161,9 +152,6 @@ def _say(message: str) -> None:
     from plaudit.hooks import tell
 
     tell(message)
-
-
-# --------------------------------------------------------------------------------------------------- the algorithms
 
 
 def start_world(settings: Common) -> World:
@@ -193,137 +181,11 @@ def template_of(settings: Training) -> Template:
     return Template(tokenizer)
 
 
-def encode(settings: Training, template: Template, loaded: Data) -> list[Any]:
-    """What a run learns from, as token ids; what is too long for it is counted in the notes. Raises PlauditError if
-    all of it is."""
-    if isinstance(settings, SFT):
-        items: list[Any] = [template.encode(d.prompt, d.completion) for d in loaded.training]
-        kept, notes = data.within(items, len, settings.max_tokens, "demonstration")
-    elif isinstance(settings, Reward):
-        kept, notes = data.within(_judged(loaded.training, template), len, settings.max_tokens, "text")
-    else:
-        kept, notes = asked_of(loaded.training, template, settings.max_prompt_tokens)
-    loaded.notes += notes
-    return kept
-
-
-def _policy(settings: Training, world: World, value_head: bool = False) -> Policy:
-    from plaudit.loading import load_policy
-
-    policy = load_policy(
-        settings.model,
-        precision=world.precision,
-        train_layers=settings.train_layers,
-        lora_rank=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
-        value_head=value_head,
-    )
-    return policy.to(world.device)
-
-
-def _sft(settings: SFT, world: World, loaded: Data) -> tuple[Algorithm, Any]:
-    from plaudit.algorithms.sft import SupervisedFineTuning
-
-    template = template_of(settings)
-    training = encode(settings, template, loaded)
-    held = [row for d in loaded.held if len(row := template.encode(d.prompt, d.completion)) <= settings.max_tokens]
-    policy = _policy(settings, world)
-    policy.train(settings.dropout)
-    return SupervisedFineTuning(settings, world, policy, training, held), template.tokenizer
-
-
-def _reward(settings: Reward, world: World, loaded: Data) -> tuple[Algorithm, Any]:
-    from plaudit.algorithms.reward import FromComparisons, FromRankings, FromRatings
-    from plaudit.loading import load_reward_model
-
-    template = template_of(settings)
-    training = encode(settings, template, loaded)
-    held = [item for item in _judged(loaded.held, template) if len(item) <= settings.max_tokens]
-    policy = load_reward_model(
-        settings.model,
-        template.tokenizer,
-        precision=world.precision,
-        train_layers=settings.train_layers,
-        lora_rank=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
-    ).to(world.device)
-    policy.train(settings.dropout)
-    kinds = {Comparison: FromComparisons, Ranking: FromRankings, Rating: FromRatings}
-    return kinds[type(loaded.training[0])](settings, world, policy, training, held), template.tokenizer
-
-
-def _judged(records: list[Any], template: Template) -> list[Judged]:
-    from plaudit.algorithms.reward import Judged
-
-    items = []
-    for record in records:
-        if isinstance(record, Comparison):
-            texts, margin = [record.chosen, record.rejected], record.margin or 0.0
-            targets = [[record.preference, margin], [1 - record.preference, -margin]]
-        elif isinstance(record, Ranking):
-            texts, targets = list(record.completions), [[float(rank)] for rank in record.ranks]
-        else:
-            texts, targets = [record.completion], [list(record.ratings)]
-        ids = template.tokenizer([template.text(record.prompt, text) for text in texts]).input_ids
-        items.append(Judged(ids, targets))
-    return items
-
-
-def _ppo(settings: PPO, world: World, loaded: Data) -> tuple[Algorithm, Any]:
-    from plaudit.algorithms.ppo import ProximalPolicyOptimisation
-    from plaudit.rewards import load_rewards
-    from plaudit.sampler import LocalSampler
-
-    template = template_of(settings)
-    training = encode(settings, template, loaded)
-    policy = _policy(settings, world, value_head=True)
-    rewards = load_rewards(
-        settings.rewards,
-        weights=settings.reward_weights,
-        clip=settings.reward_clip,
-        normalise=settings.reward_normalise,
-        precision=world.precision,
-        device=world.device,
-        tokens_per_pass=settings.tokens_per_pass,
-    )
-    sampler = LocalSampler(policy.backbone, template.decode, dtype=world.sampling_dtype)
-    held = [asked for asked in _encoded(loaded.held, template) if len(asked) <= settings.max_prompt_tokens]
-    algorithm = ProximalPolicyOptimisation(settings, world, policy, template, sampler, rewards, training, held)
-    return algorithm, template.tokenizer
-
-
-def asked_of(records: list[Prompt], template: Template, limit: int) -> tuple[list[Asked], list[str]]:
-    """Prompts as token ids, and a sentence about those that are too long."""
-    return data.within(_encoded(records, template), len, limit, "prompt")
-
-
-def _encoded(records: list[Prompt], template: Template) -> list[Asked]:
-    from plaudit.algorithms.on_policy import Asked
-
-    return [Asked(record, template.prompt(record.prompt)) for record in records]
-
-
-_BUILDERS: dict[type, Callable[..., tuple[Algorithm, Any]]] = {SFT: _sft, Reward: _reward, PPO: _ppo}
-
-
-# ------------------------------------------------------------------------------------------------------- summaries
-
-
-def _metric(run: Run, name: str, last: bool) -> float | None:
-    values = [row[name] for row in run.metrics() if name in row]
-    return values[-1 if last else 0] if values else None
-
-
-def _sft_summary(algorithm: Algorithm, run: Run) -> dict[str, Any]:
-    return {name: _metric(run, "heldout_nll", last) for name, last in (("nll_before", False), ("nll_after", True))}
-
-
-def _reward_summary(algorithm: Any, run: Run) -> dict[str, Any]:
-    return algorithm.found
-
-
-def _ppo_summary(algorithm: Algorithm, run: Run) -> dict[str, Any]:
-    return {name: _metric(run, name, True) for name in ("score", "kl")}
-
-
-_SUMMARIES: dict[type, Callable[..., dict[str, Any]]] = {SFT: _sft_summary, Reward: _reward_summary, PPO: _ppo_summary}
+def encode(settings: Training, template: Template, loaded: Data) -> Data:
+    """The same as token ids, with what is too long left out and counted in the notes. Raises PlauditError if that
+    leaves nothing to train on."""
+    family = family_of(settings)
+    limit = getattr(settings, family.limit)
+    training, notes = data.within(family.encode(loaded.training, template), len, limit, family.unit)
+    held, more = data.within(family.encode(loaded.held, template), len, limit, f"held-out {family.unit}", needed=False)
+    return Data(training, held, loaded.notes + notes + more)

@@ -28,12 +28,12 @@ from plaudit.templates import Template
 Source = Callable[..., Sequence[float]]
 
 
-def load_function(spec: str, folder: Path | None = None) -> Callable[..., Any]:
+def load_function(spec: str) -> Callable[..., Any]:
     """`path/to/file.py:name` or `package.module:name` -> the function. Raises PlauditError."""
     place, _, name = spec.rpartition(":")
     if place.endswith(".py"):
-        path = next((p for p in (Path(place), (folder or Path()) / place) if p.is_file()), None)
-        if path is None:
+        path = Path(place)
+        if not path.is_file():
             raise PlauditError(f"reward {spec!r}: there is no file {place!r}.")
         module_spec = importlib.util.spec_from_file_location(f"plaudit_user_{path.stem}", path)
         assert module_spec is not None
@@ -145,10 +145,10 @@ class Rewards:
             total += weight * torch.tensor(_checked(name, values, len(prompts)))
         return total
 
-    def shaped(self, raw: Tensor) -> Tensor:
-        """Raw rewards as the algorithm learns from them; moves the running moments."""
+    def shaped(self, raw: Tensor, everywhere: Tensor) -> Tensor:
+        """Raw rewards as the algorithm learns from them; those of all processes move the running moments."""
         if self.normalise:
-            self.moments = self.moments.updated(raw)
+            self.moments = self.moments.updated(everywhere)
             raw = (raw - self.moments.mean) / max(self.moments.std, 1e-8)
         return raw.clamp(-self.clip, self.clip) if self.clip else raw
 
@@ -188,7 +188,6 @@ def load_rewards(
     precision: str = "float32",
     device: torch.device | None = None,
     tokens_per_pass: int = 4096,
-    folder: Path | None = None,
 ) -> Rewards:
     """Rewards from their names (see `settings.rewards`). Raises PlauditError where a name leads nowhere."""
     device = device or torch.device("cpu")
@@ -203,7 +202,7 @@ def load_rewards(
             label, _, model = rest.partition("@")
             sources[spec] = LabelReward(model, label, device)
         elif ":" in spec:
-            sources[spec] = load_function(spec, folder)
+            sources[spec] = load_function(spec)
         else:
             tokenizer = load_tokenizer(spec)
             policy = load_reward_model(spec, tokenizer, precision=precision, learns=False).to(device)

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Protocol
@@ -47,6 +47,7 @@ class Trainer:
 
     step      optimizer steps that are done
     figures   the statistics of the last step, per unit
+    owed      whether the hooks have not yet finished with the last step
     """
 
     def __init__(self, run: Run, world: World, settings: Training, hooks: Sequence[Hook] = ()) -> None:
@@ -59,13 +60,16 @@ class Trainer:
         self.skipped = 0
         self.figures: dict[str, float] = {}
         self.messages: list[str] = []
+        self.owed = False
         self._signal = 0
         self._interruptible = False
 
-    def fit(self, algorithm: Algorithm) -> None:
-        """Trains to the last step, from the last checkpoint if there is one.
+    def fit(self, algorithm: Algorithm, finish: Callable[[], None]) -> None:
+        """Trains to the last step, from the last checkpoint if there is one, and calls `finish`, which no signal
+        cuts short.
 
-        Raises PlauditError for a loss that is not finite, Interrupted after a signal; both leave a checkpoint.
+        Raises Interrupted after a signal, PlauditError for a loss that is not finite, and whatever a reward function
+        raises; all of them leave a checkpoint of the last finished step.
         """
         begun: list[Hook] = []
         try:
@@ -75,11 +79,16 @@ class Trainer:
                     for hook in self.hooks:
                         hook.begin(self)
                         begun.append(hook)
+                    if self.owed:
+                        self._after_step()
                     self._loop(algorithm)
                 except Interrupted:
                     # Between two optimizer steps nothing but the snapshot and the weights counts, and both are whole.
                     self.save()
                     raise
+                finish()
+                if self._signal:
+                    raise Interrupted(self._signal, self.step)
         finally:
             for hook in begun:
                 hook.end(self)
@@ -88,22 +97,60 @@ class Trainer:
         start = time.perf_counter()
         batches = algorithm.batches()
         while self.step < self.steps:
-            self._interruptible = self.world.size == 1
-            if self._signal:
-                raise Interrupted(self._signal, self.step)
-            batch = next(batches)
-            self._gradients(algorithm, batch)
-            self._interruptible = False
+            batch = self._learn(algorithm, batches)
             self._update(algorithm, batch)
             self.tokens += int(self.world.sum(batch.attention.sum()))
             now = time.perf_counter()
             self.seconds += now - start
             start = now
             self._snapshot()
-            for hook in self.hooks:
-                hook.after_step(self)
+            self._after_step()
             if self.world.stop_requested(bool(self._signal)):
                 raise Interrupted(self._signal or signal.SIGTERM, self.step)
+
+    def _learn(self, algorithm: Algorithm, batches: Iterator[Batch]) -> Batch:
+        """The next batch, its gradients taken."""
+        with self._saving_on_error(), self.interruptible():
+            batch = next(batches)
+            self._gradients(algorithm, batch)
+        return batch
+
+    def _after_step(self) -> None:
+        self.owed = True
+        with self._saving_on_error():
+            for hook in self.hooks:
+                hook.after_step(self)
+        self.owed = False
+        every = self.settings.save_every
+        if every and self.step % every == 0 and self.step < self.steps:
+            self.save()
+
+    @contextmanager
+    def _saving_on_error(self) -> Iterator[None]:
+        """Inside, the weights are those of the last finished step: what fails there, a person's reward function most
+        likely, costs no step."""
+        try:
+            yield
+        except Exception as error:
+            if self.step == 0 or self.world.size > 1:  # nothing to keep; others, who wait for this process
+                raise
+            self.save()
+            if isinstance(error, PlauditError):
+                saved = f"Step {self.step} is saved: once that is mended, the same command goes on from there."
+                raise PlauditError(f"{error}\n{saved}") from error
+            raise
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Inside, a signal takes effect at once: nothing is done there that could be left half done. With several
+        processes it waits, since all of them must stop at the same place. Raises Interrupted."""
+        self._interruptible = self.world.size == 1
+        if self._interruptible and self._signal:
+            raise Interrupted(self._signal, self.step)
+        try:
+            yield
+        finally:
+            self._interruptible = False
 
     def begin(self, algorithm: Algorithm) -> None:
         """Optimizer, processes, checkpoint: all that comes before the first step."""
@@ -117,8 +164,7 @@ class Trainer:
             # What precedes the first step is done again if that step was not finished.
             self.run.rewind(self.step or -1)
         self._snapshot()
-        self._interruptible = self.world.size == 1
-        if self._signal:
+        if self._signal and self.world.size == 1:
             raise Interrupted(self._signal, self.step)
 
     # ------------------------------------------------------------------------------------------------- one step
@@ -196,7 +242,8 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of the last finished step."""
-        everywhere = self.world.gather([self._kept])
+        owed = {"figures": self.figures, "shown": self.algorithm.shown} if self.owed else None
+        everywhere = self.world.gather([self._kept | {"owed": owed}])
         if self.world.is_main:
             learning = {name: p.detach() for name, p in self._learning.items()}
             tree = {"ranks": everywhere, "policy": learning, "optimizer": self.optimizer.state_dict()}
@@ -221,6 +268,9 @@ class Trainer:
         self.skipped, self.seconds_before = mine["skipped"], mine["seconds"]
         self.algorithm.restore(mine["algorithm"])
         checkpoint.restore_random_states(mine["random"])
+        self.owed = mine["owed"] is not None
+        if self.owed:
+            self.figures, self.algorithm.shown = mine["owed"]["figures"], mine["owed"]["shown"]
         self.messages.append(f"goes on from step {self.step}")
 
     @contextmanager

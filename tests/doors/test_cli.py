@@ -84,8 +84,7 @@ def test_help_may_be_cut_short_by_its_reader():
         (["--versoin"], "plaudit --versoin: there is no verb '--versoin'; did you mean '--version'?\n"),
         (
             ["xyzzy"],
-            "plaudit xyzzy: there is no verb 'xyzzy'; there are pull, sft, reward, ppo, evaluate, sample, run, "
-            "quickstart, report, explain.\n",
+            "plaudit xyzzy: there is no verb 'xyzzy'; `plaudit --help` lists them all.\n",
         ),
         (["explain"], "plaudit explain: give the verb that is to be explained: plaudit explain VERB\n"),
         (["explain", "samle"], "plaudit explain: there is no verb 'samle' to explain; did you mean 'sample'?\n"),

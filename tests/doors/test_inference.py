@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from plaudit import Evaluate, comparing, evaluate, hooks, statistics
+from plaudit.families import asked_of
 from plaudit.loading import load_policy
-from plaudit.recipes import asked_of
 from plaudit.records import Prompt
 from plaudit.sampler import Sampling
 from plaudit.templates import Template
@@ -73,7 +73,7 @@ def test_kl_and_perplexity_are_those_of_the_logits(models, prompts):
         )
     )  # fmt: skip
     template = Template(AutoTokenizer.from_pretrained(folders["one"]))
-    asked, _ = asked_of([Prompt(p) for p in PROMPTS], template, 99)
+    asked = asked_of([Prompt(p) for p in PROMPTS], template)
     limits = Sampling(max_new_tokens=12, temperature=temperature, stop_ids=(template.end,))
     for name, folder in folders.items():
         policy = load_policy(folder)

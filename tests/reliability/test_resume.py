@@ -148,3 +148,44 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_it_serves(at, tmp_pa
     assert "goes on from step 2" in shown
     assert rest.digests == {step: value for step, value in whole.digests.items() if step > 2}
     assert watched.logged(tmp_path / "run") == watched.logged(tmp_path / "whole")
+
+
+FAILING = """
+import pathlib
+calls = 0
+def failing(prompts, completions, **columns):
+    global calls
+    calls += 1
+    if calls == {call} and not pathlib.Path(__file__ + ".mended").exists():
+        raise ValueError("the judge is out for lunch")
+    return [float(len(set(text))) for text in completions]
+"""
+
+
+@pytest.mark.parametrize(("call", "step"), [(5, 6), (2, 4)], ids=["at an evaluation", "in a rollout"])
+def test_a_reward_that_fails_costs_no_step(call, step, at, tmp_path):
+    held = {} if call == 5 else {"eval_data": None, "evaluate_every": 0}
+    changes = {"rewards": f"{tmp_path / 'mine.py'}:failing", "save_every": 0, **held}
+    (tmp_path / "mine.py").write_text(FAILING.format(call=0))
+    whole = watched.train(examples.settings("ppo", at, tmp_path / "whole", **changes))
+    (tmp_path / "mine.py").write_text(FAILING.format(call=call))
+    settings = examples.settings("ppo", at, tmp_path / "run", **changes)
+    with pytest.raises(PlauditError) as told:
+        watched.train(settings)
+    assert "failing' failed: ValueError: the judge is out for lunch (" in str(told.value)
+    assert str(told.value).endswith(f"Step {step} is saved: once that is mended, the same command goes on from there.")
+    (tmp_path / "mine.py.mended").write_text("")
+    rest = watched.train(settings)
+    first = step if call == 5 else step + 1  # the evaluation is made up for
+    assert rest.digests == {number: value for number, value in whole.digests.items() if number >= first}
+    assert watched.logged(tmp_path / "run") == watched.logged(tmp_path / "whole")
+    assert watched.final(tmp_path / "run") == watched.final(tmp_path / "whole")
+
+
+def test_a_mistake_before_the_first_step_keeps_nothing(at, tmp_path):
+    (tmp_path / "mine.py").write_text(FAILING.format(call=1))
+    settings = examples.settings("ppo", at, tmp_path / "run", rewards=f"{tmp_path / 'mine.py'}:failing", eval_data=None)
+    with pytest.raises(PlauditError, match=r"out for lunch \([^\n]*$"):
+        watched.train(settings)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 import examples
 import watched
@@ -60,7 +61,9 @@ PHASES = {
     "the update": ("ppo", Trainer, "_update", 3, False, (signal.SIGINT,), 3),
     "after the update": ("ppo", ProximalPolicyOptimisation, "after_step", 4, True, (signal.SIGTERM,), 4),
     "between two steps": ("ppo", World, "stop_requested", 2, True, (signal.SIGTERM,), 2),
+    "the first evaluation": ("sft", SupervisedFineTuning, "evaluate", 1, False, (signal.SIGTERM,), 0),
     "an evaluation": ("sft", SupervisedFineTuning, "evaluate", 2, False, (signal.SIGTERM,), 2),
+    "an evaluation, when it is done": ("sft", SupervisedFineTuning, "evaluate", 2, True, (signal.SIGTERM,), 2),
     "a log line": ("sft", hooks.Logging, "after_step", 3, False, (signal.SIGINT,), 3),
     "a save": ("ppo", checkpoint, "_write_tensors", 3, True, (signal.SIGTERM,), 3),
     "a save, twice": ("sft", checkpoint, "_write_tensors", 3, False, (signal.SIGINT, signal.SIGTERM), 3),
@@ -107,7 +110,9 @@ def test_r12_a_signal_in_any_phase_half_does_nothing(phase, at, wholes, tmp_path
     if done is not None:
         assert step == done
     rest = watched.train(settings)
-    assert rest.digests == {number: value for number, value in whole.digests.items() if number > step}
+    # What was left of an evaluation is made up for before the next step.
+    first = step if phase.startswith("an evaluation") else step + 1
+    assert rest.digests == {number: value for number, value in whole.digests.items() if number >= first}
     assert watched.logged(tmp_path / "run") == watched.logged(folder)
     assert watched.final(tmp_path / "run") == watched.final(folder)
 
@@ -156,6 +161,18 @@ def test_r12_rewards_that_catch_every_exception_do_not_swallow_a_signal(at, tmp_
     (tmp_path / "careful.py.calm").write_text("from now on")
     watched.train(settings)
     assert watched.logged(tmp_path / "run")[0][0]["score"] > 0
+
+
+@pytest.mark.parametrize("save_every", [0, 1])
+def test_r12_a_signal_while_the_finished_model_is_written_waits_for_it(save_every, at, wholes, tmp_path):
+    _, folder = wholes["sft"]
+    settings = examples.settings("sft", at, tmp_path / "run", save_every=save_every)
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, PreTrainedModel, "save_pretrained", 1, signal.SIGTERM)
+        with pytest.raises(Interrupted, match="stopped at step 9"):
+            watched.train(settings)
+    assert watched.final(tmp_path / "run") == watched.final(folder)
+    assert (tmp_path / "run" / "summary.json").exists()
 
 
 def test_r12_a_run_in_another_thread_trains_without_signals(at, wholes, tmp_path):

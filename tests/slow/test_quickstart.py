@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,3 +31,53 @@ def test_the_quickstart_makes_the_model_better_by_a_judge_it_never_saw(tmp_path:
     assert evaluate["win_rate_low"] > 0.6
     assert evaluate["ppo"]["distinct_2"] > 0.8 * evaluate["sft"]["distinct_2"]
     assert evaluate["sft"]["kl"] == 0
+
+
+# The same stages on the same model and data, cut short: about two minutes without a kill.
+SHORT = [
+    *("sft.steps=6", "sft.eval_limit=32", "sft.save_every=2"),
+    *("reward.steps=6", "reward.eval_limit=40", "reward.save_every=2"),
+    *("ppo.steps=8", "ppo.rollout=32", "ppo.batch_size=16", "ppo.save_every=1"),
+    "evaluate.prompts=32",
+]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """What each stage left, without what a clock measured."""
+    files = [folder / stage / "final" / "model.safetensors" for stage in ("sft", "reward", "ppo")]
+    files += [folder / "evaluate" / "samples.jsonl", folder / "ppo" / "samples.jsonl"]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def logged(folder: Path, stage: str) -> int:
+    """How many steps of a stage are in its log."""
+    file = folder / stage / "metrics.jsonl"
+    return len(file.read_bytes().splitlines()) if file.exists() else 0
+
+
+@pytest.mark.slow
+def test_r3_a_quickstart_killed_in_every_stage_ends_with_the_same_bits(tmp_path: Path) -> None:
+    def start(name: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "plaudit.cli", "run", "recipes/quickstart.yaml", f"output={tmp_path / name}"]
+        return subprocess.Popen([*command, *SHORT], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+    whole = start("whole")
+    assert whole.wait() == 0
+    killed = tmp_path / "killed"
+    moments = {
+        "sft, before the first save": lambda: logged(killed, "sft") >= 2,
+        "sft": lambda: logged(killed, "sft") >= 4,
+        "reward": lambda: logged(killed, "reward") >= 4,
+        "ppo, inside a rollout's steps": lambda: logged(killed, "ppo") >= 4,
+        "ppo, writing a checkpoint": lambda: bool(list((killed / "ppo" / "checkpoints").glob(".*"))),
+        "evaluate": lambda: (killed / "evaluate" / "config.yaml").exists(),
+    }
+    for moment, reached in moments.items():
+        process = start("killed")
+        while not reached():
+            assert process.poll() is None, f"it ended before this moment: {moment}"
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert start("killed").wait() == 0
+    assert hashes(killed) == hashes(tmp_path / "whole")

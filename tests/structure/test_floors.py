@@ -17,7 +17,7 @@ FLOORS = {
     2: "templates data layout backbone policy loading decoding sampler rewards sources world",
     3: "algorithms comparing",
     4: "checkpoint trainer hooks",
-    5: "recipes inference pipeline explain outcome report cli",
+    5: "families recipes inference pipeline explain outcome report cli",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 CONFINED = {

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from plaudit.checks import check_data, check_model, check_rewards, check_rollout, names_of, read_config
+from plaudit.checks import (
+    check_data,
+    check_model,
+    check_processes,
+    check_rewards,
+    check_rollout,
+    names_of,
+    read_config,
+)
 from plaudit.errors import PlauditError
 
 
@@ -157,6 +165,11 @@ def test_a_rollout_is_whole_batches_of_whole_groups():
     check_rollout(64, 16, 4)
     assert "batch_size (16) must divide rollout (24)" in told(check_rollout, 24, 16, 4)
     assert "group (3) must divide batch_size (16)" in told(check_rollout, 32, 16, 3)
+
+
+def test_every_process_has_a_row():
+    check_processes(2, 2)
+    assert "batch_size (1) leaves some of 2 processes without a row" in told(check_processes, 1, 2)
 
 
 def test_nothing_heavy_is_loaded_to_find_out(tmp_path):

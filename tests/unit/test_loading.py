@@ -21,7 +21,7 @@ from transformers import (
 import tiny
 from plaudit.batch import Batch, collate
 from plaudit.errors import PlauditError
-from plaudit.loading import load_policy, load_reward_model, load_tokenizer, save_pretrained
+from plaudit.loading import end_every_text, load_policy, load_reward_model, load_tokenizer, save_pretrained
 from plaudit.policy import Policy
 from plaudit.rewards import ModelReward
 
@@ -210,8 +210,6 @@ TEXTS = [("ab", "cd"), ("ab", "c"), ("", "a longer one, with a few words"), ("x"
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "untied-bf16"])
 def test_a_saved_reward_model_scores_alike_in_plain_transformers(folders, tmp_path, kind, way):
-    from plaudit.loading import end_every_text
-
     tokenizer = load_tokenizer(folders[kind])
     end_every_text(tokenizer)
     policy = load_reward_model(folders[kind], tokenizer, **WAYS[way])
@@ -266,6 +264,22 @@ def test_a_vocabulary_with_room_is_left_as_it_is(tmp_path):
     policy = load_reward_model(folder, tokenizer)
     assert policy.config.pad_token_id == 257
     assert policy.base.embed_tokens.num_embeddings == policy.config.vocab_size == 300
+
+
+def test_a_reward_model_from_elsewhere_that_pads_with_its_end_token_scores_as_hugging_face_reads_it(tmp_path):
+    folder = tiny.folder(tmp_path, initializer_range=0.2)
+    torch.manual_seed(0)
+    other = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, pad_token_id=256)
+    other.save_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    end_every_text(tokenizer)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 256
+    prompts, completions = (list(column) for column in zip(*TEXTS, strict=True))
+    rows = tokenizer([p + c for p, c in TEXTS], padding=True, padding_side="right", return_tensors="pt")
+    assert all(int(ids[mask.bool()][-1]) == 256 for ids, mask in zip(rows.input_ids, rows.attention_mask, strict=True))
+    expected = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)(**rows).logits[:, 0]
+    found = ModelReward(load_reward_model(folder, tokenizer, learns=False), tokenizer)(prompts, completions)
+    torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=0)
 
 
 def test_another_special_token_pads_if_there_is_one(tmp_path):
@@ -329,6 +343,13 @@ def test_a_hub_name_that_cannot_be_reached():
         with pytest.raises(PlauditError, match="cannot load") as caught:
             call("nobody/nothing-at-all")
         assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path):
+    folder = tiny.folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": 3}}')
+    with pytest.raises(PlauditError, match="cannot load the tokenizer of"):
+        load_tokenizer(folder)
 
 
 def test_tokenizers(folders, tmp_path):

@@ -52,12 +52,11 @@ def test_a_function_gets_prompts_completions_and_the_other_columns(tmp_path):
     assert found.dtype == torch.float32
 
 
-def test_a_function_of_a_module_and_a_file_beside_the_configuration(tmp_path, monkeypatch):
+def test_a_function_of_a_module(tmp_path, monkeypatch):
     assert load_function("math:sqrt")(4) == 2
     source(tmp_path / "mine_for_reward.py", "def reward(**columns): return [1.0]\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert load_function("mine_for_reward:reward")() == [1.0]
-    assert load_function("mine_for_reward.py:reward", tmp_path)() == [1.0]
 
 
 def test_a_file_may_hold_dataclasses(tmp_path):
@@ -193,27 +192,33 @@ def test_weights_and_names_must_match():
 
 def test_clipping_is_on_both_sides():
     raw = torch.tensor([-3.0, -1.0, 0.5, 7.0])
-    assert Rewards({}, clip=2.0).shaped(raw).tolist() == [-2.0, -1.0, 0.5, 2.0]
-    assert torch.equal(Rewards({}).shaped(raw), raw)
+    assert Rewards({}, clip=2.0).shaped(raw, raw).tolist() == [-2.0, -1.0, 0.5, 2.0]
+    assert torch.equal(Rewards({}).shaped(raw, raw), raw)
 
 
 def test_running_moments_are_those_of_all_rewards_so_far():
     rewards = Rewards({}, normalise=True)
     parts = [torch.tensor([1.0, 2.0, 6.0]), torch.tensor([-4.0]), torch.tensor([0.0, 3.0])]
     for i, part in enumerate(parts):
-        found = rewards.shaped(part)
+        found = rewards.shaped(part, part)
         seen = np.concatenate(parts[: i + 1])
         np.testing.assert_allclose(found, (part - seen.mean()) / max(seen.std(), 1e-8), rtol=1e-5)
     assert rewards.moments.count == 6
 
 
+def test_b30_the_rewards_of_all_processes_move_the_moments():
+    rewards = Rewards({}, normalise=True)
+    assert rewards.shaped(torch.tensor([1.0]), torch.tensor([1.0, 3.0])).tolist() == [-1.0]
+    assert rewards.moments.count == 2
+
+
 def test_equal_rewards_normalise_to_nothing():
-    assert Rewards({}, normalise=True).shaped(torch.full((4,), 0.1)).abs().max() < 1
+    assert Rewards({}, normalise=True).shaped(*[torch.full((4,), 0.1)] * 2).abs().max() < 1
 
 
 def test_clipping_comes_after_normalising():
     rewards = Rewards({}, clip=1.0, normalise=True)
-    assert rewards.shaped(torch.tensor([0.0] * 9 + [100.0]))[-1] == 1.0
+    assert rewards.shaped(*[torch.tensor([0.0] * 9 + [100.0])] * 2)[-1] == 1.0
 
 
 # --------------------------------------------------------------------------------------------------------- models

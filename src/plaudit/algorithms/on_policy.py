@@ -75,8 +75,6 @@ class OnPolicyAlgorithm(Algorithm):
                 f"rollout ({settings.rollout}) and batch_size ({settings.batch_size}) must be multiples of group x "
                 f"processes ({settings.group} x {world.size}), so that the completions of a prompt stay together."
             )
-        if settings.rollout % settings.batch_size:
-            raise PlauditError(f"batch_size ({settings.batch_size}) must divide rollout ({settings.rollout}).")
         self.order = Order(len(data), settings.rollout // settings.group, settings.seed)
         self.per_rollout = settings.rollout // settings.batch_size * self.reuse
         self.steps = settings.steps or self.order.steps(settings.epochs) * self.per_rollout
@@ -133,7 +131,9 @@ class OnPolicyAlgorithm(Algorithm):
         texts = [self.template.decode(completion) for completion in drawn.completions]
         raw = score(self.rewards, repeated, texts, self.world)
         truncated = torch.tensor(drawn.truncated)
-        shaped = self.rewards.shaped(raw) - settings.missing_end_penalty * truncated
+        shaped = (
+            self.rewards.shaped(raw, torch.cat(self.world.gather([raw]))) - settings.missing_end_penalty * truncated
+        )
         self.notes["score"] = self.mean(raw)
         self.notes["truncated"] = self.mean(truncated.float())
         self.notes["completion_tokens"] = self.mean(batch.actions.sum(1).float())

@@ -7,15 +7,14 @@ from plaudit.settings.pulling import Pull
 from plaudit.settings.reward import Reward
 from plaudit.settings.sampling import Sample
 
-VERBS: dict[str, type] = {
-    "pull": Pull,
-    "sft": SFT,
-    "reward": Reward,
-    "ppo": PPO,
-    "evaluate": Evaluate,
-    "sample": Sample,
+FAMILIES: dict[str, dict[str, type]] = {
+    "Imitation": {"sft": SFT},
+    "Reward models": {"reward": Reward},
+    "Policy gradient": {"ppo": PPO},
+    "Models and data": {"pull": Pull, "sample": Sample, "evaluate": Evaluate},
 }
-"""The verbs that take settings, in the order in which a newcomer meets them."""
+"""The verbs that take settings, by family, in the order in which a newcomer meets them."""
 
+VERBS: dict[str, type] = {verb: settings for family in FAMILIES.values() for verb, settings in family.items()}
 
-__all__ = ["PPO", "SFT", "VERBS", "Evaluate", "Pull", "Reward", "Sample"]
+__all__ = ["FAMILIES", "PPO", "SFT", "VERBS", "Evaluate", "Pull", "Reward", "Sample"]
