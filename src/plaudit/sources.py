@@ -219,7 +219,9 @@ def convert(gguf: Path, folder: Path) -> str:
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **options)
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    if len(tokenizer) > model.config.vocab_size or tokenizer.eos_token_id != model.config.eos_token_id:
+    _name_special_tokens(tokenizer, gguf)
+    text = "One, two\n three."
+    if len(tokenizer) > model.config.vocab_size or tokenizer.decode(tokenizer(text).input_ids) != text:
         # Seen with transformers 5.3, which takes the tokenizer of every llama for SentencePiece.
         raise PlauditError(
             f"pull: transformers {transformers.__version__} misreads the tokenizer of {gguf.name}: "
@@ -228,6 +230,18 @@ def convert(gguf: Path, folder: Path) -> str:
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
     return f"A model of {model.num_parameters():,} weights with a vocabulary of {len(tokenizer):,} tokens."
+
+
+def _name_special_tokens(tokenizer: Any, gguf: Path) -> None:
+    """Tells the tokenizer which tokens begin, end and pad: some releases of transformers (5.17) do not read that."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(gguf).fields
+    for name, key in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items():
+        field = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if field is not None:
+            token = tokenizer.convert_ids_to_tokens(int(field.parts[field.data[0]][0]))
+            setattr(tokenizer, f"{name}_token", token)
 
 
 _TEXTS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"

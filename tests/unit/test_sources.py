@@ -370,11 +370,11 @@ def byte_symbols() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def write_gguf(path: Path, end: str = "<|endoftext|>") -> None:
+def write_gguf(path: Path) -> None:
     """A llama of one layer, its projections in 4-bit blocks (type Q4_1), and a byte-pair tokenizer of two merges."""
     gguf = pytest.importorskip("gguf")
     np = pytest.importorskip("numpy")
-    tokens = [end, "<|start|>", *byte_symbols(), "he", "the"]
+    tokens = ["<|endoftext|>", "<|start|>", *byte_symbols(), "he", "the"]
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(64)
@@ -450,9 +450,18 @@ def test_a_gguf_model_becomes_a_plain_folder(tmp_path):
     assert (ids[0], len(ids), ids[-1]) == (259, 8, 0)
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
-    # transformers adds "<|endoftext|>" to a byte-pair tokenizer that has no token of that name.
-    write_gguf(tmp_path / "tiny.gguf", end="<|end|>")
+@pytest.mark.parametrize("wrong", ["more tokens than the model", "another way with spaces"])
+def test_a_misread_tokenizer_is_refused(wrong, tmp_path, monkeypatch):
+    from tokenizers import decoders
+    from transformers import AutoTokenizer
+
+    write_gguf(tmp_path / "tiny.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="tiny.gguf")
+    if wrong == "more tokens than the model":
+        tokenizer.add_tokens([f"<{i}>" for i in range(99)])
+    else:
+        tokenizer.backend_tokenizer.decoder = decoders.Metaspace()
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *names, **options: tokenizer)
     with pytest.raises(PlauditError, match=r"transformers [0-9.]+ misreads the tokenizer of tiny.gguf"):
         sources.convert(tmp_path / "tiny.gguf", tmp_path)
 
