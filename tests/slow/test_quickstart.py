@@ -57,24 +57,24 @@ def logged(folder: Path, stage: str) -> int:
 
 @pytest.mark.slow
 def test_r3_a_quickstart_killed_in_every_stage_ends_with_the_same_bits(tmp_path: Path) -> None:
-    def start(name: str) -> subprocess.Popen[str]:
+    def start(name: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "plaudit.cli", "run", "recipes/quickstart.yaml", f"output={tmp_path / name}"]
-        return subprocess.Popen([*command, *SHORT], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen([*command, *SHORT], cwd=ROOT, stdout=subprocess.DEVNULL)
 
     whole = start("whole")
     assert whole.wait() == 0
     killed = tmp_path / "killed"
     moments = {
-        "sft, before the first save": lambda: logged(killed, "sft") >= 2,
-        "sft": lambda: logged(killed, "sft") >= 4,
-        "reward": lambda: logged(killed, "reward") >= 4,
-        "ppo, inside a rollout's steps": lambda: logged(killed, "ppo") >= 4,
-        "ppo, writing a checkpoint": lambda: bool(list((killed / "ppo" / "checkpoints").glob(".*"))),
-        "evaluate": lambda: (killed / "evaluate" / "config.yaml").exists(),
+        "sft, before the first save": lambda _: logged(killed, "sft") >= 2,
+        "sft": lambda _: logged(killed, "sft") >= 4,
+        "reward": lambda _: logged(killed, "reward") >= 4,
+        "ppo, inside a rollout's steps": lambda _: logged(killed, "ppo") >= 4,
+        "ppo, writing a checkpoint": lambda id: bool(list((killed / "ppo" / "checkpoints").glob(f".step-*.tmp-{id}"))),
+        "evaluate": lambda _: (killed / "evaluate" / "config.yaml").exists(),
     }
     for moment, reached in moments.items():
         process = start("killed")
-        while not reached():
+        while not reached(process.pid):
             assert process.poll() is None, f"it ended before this moment: {moment}"
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
