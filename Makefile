@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test slow lint type bench clean
+.PHONY: quickstart test slow mutants lint type bench clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/plaudit run recipes/quickstart.yaml
@@ -14,6 +14,9 @@ test: $(VENV)/.dev
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow --timeout=3600
+
+mutants: $(VENV)/.dev
+	$(BIN)/python tests/mutants/run.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests recipes benchmarks docs

@@ -35,7 +35,7 @@ def kind(hint: Any) -> str:
         inner, *rules = get_args(hint)
         named = [(sign, getattr(rule, name, None)) for rule in rules for name, sign in BOUNDS.items()]
         bounds = [f"{sign} {bound:g}" for sign, bound in named if bound is not None]
-        return f"{kind(inner)} {' and '.join(bounds)}"
+        return f"{kind(inner)} {' and '.join(bounds)}".strip()
     if get_origin(hint) is Literal:
         return " or ".join(f"`{value}`" for value in get_args(hint))
     if get_origin(hint) in (Union, UnionType):

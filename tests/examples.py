@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 from typing import Any
 
 import tiny
-from plaudit import PPO, SFT, Reward, recipes
+from plaudit import (
+    CISPO,
+    DAPO,
+    GRPO,
+    GSPO,
+    ILQL,
+    PPO,
+    RLOO,
+    SFT,
+    VPG,
+    BestOfN,
+    DrGRPO,
+    OnlineDPO,
+    ReinforcePP,
+    Reward,
+    recipes,
+)
 from plaudit.families import family_of
+from plaudit.settings import FAMILIES
 
 LETTERS = "abcdefgh"
+PREFERENCES = FAMILIES["Direct preference"]
 REWARDS = """
 def variety(prompts, completions, **columns):
     return [len(set(text)) / 4 - 0.1 * len(prompt) for prompt, text in zip(prompts, completions, strict=True)]
@@ -25,6 +44,10 @@ def alphabet(count: int) -> list[dict[str, str]]:
         following = "".join(LETTERS[(start + k) % len(LETTERS)] for k in range(1, 6))
         rows.append({"prompt": f"{i} {LETTERS[start]}", "completion": following[: 3 + i % 3]})
     return rows
+
+
+JUDGED = {"plackett_luce": "rankings", "best_of": "rankings", "regression": "ratings", "binary": "labels"}
+"""The data of each objective that is no Bradley-Terry."""
 
 
 def words(count: int, seed: int = 0) -> list[str]:
@@ -51,11 +74,21 @@ def judgements(kind: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
         elif kind == "ratings":
             ratings = [likes[0] + draw.choice((0, 0, 0, 1)) for _ in range(draw.randint(2, 4))]
             rows.append({"prompt": prompt, "completion": some[0], "ratings": ratings})
+        elif kind == "labels":
+            rows.append({"prompt": prompt, "completion": some[0], "label": likes[0] > 0})
         else:
             best, worst = likes.index(max(likes)), likes.index(min(likes))
             if likes[best] > likes[worst]:
                 rows.append({"prompt": prompt, "chosen": some[best], "rejected": some[worst]})
     return rows
+
+
+def play(count: int, seed: int = 0) -> str:
+    """Speeches of a little play: what each person says is theirs alone."""
+    draw = random.Random(seed)
+    said = {"HERO": "Where hath he gone", "DON JOHN": "I will not say", "LEONATO": "Peace, my good lord"}
+    lines = [(name, said[name], draw.choice("!.?")) for name in draw.choices(list(said), k=count)]
+    return "".join(f"{name}:\n{words}{mark}\n\n" for name, words, mark in lines)
 
 
 def openings(count: int) -> list[dict[str, str]]:
@@ -68,12 +101,30 @@ def place(folder: Path) -> Path:
     quiet = {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}
     tiny.folder(folder / "dropping", "gpt2", **quiet)
     tiny.folder(folder / "model", "llama")
+    tiny.folder(folder / "encdec", "t5", dropout_rate=0.2)
     tiny.lines(folder / "demonstrations.jsonl", alphabet(15))
-    for kind in ("comparisons", "rankings", "ratings"):
+    tiny.encoder(folder / "encoder", hidden_dropout_prob=0.2)
+    for kind in ("comparisons", "rankings", "ratings", "labels"):
         tiny.lines(folder / f"{kind}.jsonl", judgements(kind, 14))
     tiny.lines(folder / "prompts.jsonl", openings(11))
     (folder / "rewards.py").write_text(REWARDS)
     return folder
+
+
+# What learns from its own samples, each with other parts of what they share in use.
+BUDGET = {"kl_target": 0.0, "kl_budget": 0.1, "kl_rate": 0.1}
+SAMPLED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "vpg": (VPG, {}),
+    "rloo": (RLOO, {"reject_worst": 0.25}),
+    "reinforce_pp": (ReinforcePP, {"baseline": "group", "entropy": 0.01, **BUDGET}),
+    "grpo": (GRPO, {"entropy": 0.01}),
+    "dr_grpo": (DrGRPO, {"kl_term": "k2", "reject_best": 0.2}),
+    "dapo": (DAPO, {"kl": 0.0, "kl_target": 0.0, "overlong": 0.5}),
+    "gspo": (GSPO, {"kl_term": "reward", "train_layers": 1}),
+    "cispo": (CISPO, {"kl_term": "straight_through", "clip_high": 0.1}),
+    "online_dpo": (OnlineDPO, {"label_smoothing": 0.1}),
+    "best_of_n": (BestOfN, {"rollout": 16, "batch_size": 8}),
+}
 
 
 def settings(kind: str, at: Path, output: Path, **changes: Any) -> Any:
@@ -88,12 +139,27 @@ def settings(kind: str, at: Path, output: Path, **changes: Any) -> Any:
         "holdout": 0.0,
     }
     taught = {"model": str(at / "dropping"), "dropout": True, "batch_size": 4, "schedule": "cosine", "warmup": 0.3}
-    if kind == "sft":
+    if kind in ("sft", "sft-encdec"):
+        taught |= {"model": str(at / "encdec")} if kind == "sft-encdec" else {}
         data = {"data": str(at / "demonstrations.jsonl"), "eval_data": str(at / "demonstrations.jsonl")}
         return SFT(**{**common, **taught, **data, "epochs": 2.4, "evaluate_every": 2, **changes})
-    if kind in ("comparisons", "rankings", "ratings"):
-        data = {"data": str(at / f"{kind}.jsonl"), "eval_data": str(at / f"{kind}.jsonl")}
+    if kind in ("comparisons", "rankings", "ratings", *JUDGED):
+        file = str(at / f"{JUDGED.get(kind, kind)}.jsonl")
+        data = {"data": file, "eval_data": file, **({"objective": kind} if kind in JUDGED else {})}
+        if kind == "regression":
+            data |= {"bootstrap": True, "adaptive_weight_decay": True}
+        elif kind == "binary":
+            data["model"] = str(at / "encoder")
         return Reward(**{**common, **taught, **data, "steps": 5, "evaluate_every": 2, **changes})
+    if kind in PREFERENCES:
+        data = {"data": str(at / "comparisons.jsonl"), "eval_data": str(at / "comparisons.jsonl")}
+        every = 2 if kind in ("dpo", "aot", "kto", "bco", "rrhf") else 0  # the others differ from dpo in a formula
+        given = {"model": str(at / "dropping"), "batch_size": 4, "steps": 5, "evaluate_every": every, **data}
+        given["tokens_per_pass"] = 96
+        return PREFERENCES[kind](**{**common, **given, **changes})
+    if kind == "ilql":
+        data = {"data": str(at / "ratings.jsonl"), "eval_data": str(at / "ratings.jsonl"), "model": str(at / "model")}
+        return ILQL(**{**common, "batch_size": 4, "steps": 5, "polyak": 0.3, "awac_beta": 0.5, **data, **changes})
     sampled = {
         "model": str(at / "model"),
         "data": str(at / "prompts.jsonl"),
@@ -114,7 +180,14 @@ def settings(kind: str, at: Path, output: Path, **changes: Any) -> Any:
         "kl_horizon": 50,
         "tokens_per_pass": 96,
     }
+    if kind in SAMPLED:
+        algorithm, own = SAMPLED[kind]
+        fewer = {"steps": 5, "eval_data": None, "evaluate_every": 0}
+        known = {field.name for field in dataclasses.fields(algorithm)}
+        given = {name: value for name, value in {**common, **sampled, **fewer}.items() if name in known}
+        return algorithm(**{**given, **own, **changes})
     ways = {"ppo": {}, "ppo-top": {"train_layers": 1}, "ppo-adapter": {"lora_rank": 2}}
+    ways["ppo-encdec"] = {"model": str(at / "encdec")}
     return PPO(**{**common, **sampled, **ways[kind], **changes})
 
 
@@ -127,4 +200,5 @@ def built(settings: Any) -> Any:
     return family_of(settings).build(settings, world, template, loaded.training, loaded.held)
 
 
-KINDS = ("sft", "comparisons", "rankings", "ratings", "ppo", "ppo-top", "ppo-adapter")
+KINDS = ("sft", "comparisons", "rankings", "ratings", *JUDGED, "ppo", "ppo-top", "ppo-adapter", *SAMPLED, *PREFERENCES)
+KINDS += ("ilql", "sft-encdec", "ppo-encdec")

@@ -9,14 +9,88 @@ print(run.final)  # a folder that `from_pretrained` opens
 from typing import TYPE_CHECKING, Any
 
 from plaudit.errors import PlauditError
-from plaudit.settings import PPO, SFT, Evaluate, Reward, Sample
+from plaudit.settings import (
+    AOT,
+    BCO,
+    CISPO,
+    CPO,
+    DAPO,
+    DPO,
+    EXO,
+    GRPO,
+    GSPO,
+    ILQL,
+    IPO,
+    KTO,
+    NCA,
+    ORPO,
+    PPO,
+    RLOO,
+    RRHF,
+    SFT,
+    SPPO,
+    VPG,
+    APODown,
+    APOZero,
+    AveragedIPO,
+    BestOfN,
+    DiscoPOP,
+    DrGRPO,
+    Evaluate,
+    Hinge,
+    OnlineDPO,
+    ReinforcePP,
+    Reward,
+    RobustDPO,
+    Sample,
+    SimPO,
+)
 
 if TYPE_CHECKING:
     from plaudit.inference import evaluate, sample
     from plaudit.recipes import train
 
 __version__ = "0.1.0"
-__all__ = ["PPO", "SFT", "Evaluate", "PlauditError", "Reward", "Sample", "evaluate", "sample", "train"]
+__all__ = [
+    "AOT",
+    "BCO",
+    "CISPO",
+    "CPO",
+    "DAPO",
+    "DPO",
+    "EXO",
+    "GRPO",
+    "GSPO",
+    "ILQL",
+    "IPO",
+    "KTO",
+    "NCA",
+    "ORPO",
+    "PPO",
+    "RLOO",
+    "RRHF",
+    "SFT",
+    "SPPO",
+    "VPG",
+    "APODown",
+    "APOZero",
+    "AveragedIPO",
+    "BestOfN",
+    "DiscoPOP",
+    "DrGRPO",
+    "Evaluate",
+    "Hinge",
+    "OnlineDPO",
+    "PlauditError",
+    "ReinforcePP",
+    "Reward",
+    "RobustDPO",
+    "Sample",
+    "SimPO",
+    "evaluate",
+    "sample",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

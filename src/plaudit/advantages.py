@@ -33,6 +33,13 @@ def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     return torch.expm1(ratio) - ratio
 
 
+def kl_straight_through(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """The value of k3 with the gradient of k2, of the shape of both: as a loss, the better estimate that also pulls
+    along KL(pi || ref), as k3 alone does not (Tang & Munos 2025, arXiv:2506.09477)."""
+    pulling = kl_k2(logprobs, reference)
+    return kl_k3(logprobs, reference).detach() + pulling - pulling.detach()
+
+
 @dataclass(frozen=True)
 class AdaptiveKL:
     """The weight of the KL term, moved so that the divergence stays at `target` nats per completion.
@@ -50,6 +57,25 @@ class AdaptiveKL:
             return self
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         return replace(self, coefficient=self.coefficient * (1 + error * n / self.horizon))
+
+
+@dataclass(frozen=True)
+class BudgetedKL:
+    """The weight of the KL term as the multiplier of a constraint: at most `budget` nats per completion.
+
+    Dual ascent (Arrow, Hurwicz & Uzawa 1958): the weight rises while the divergence is above the budget and falls
+    while it is below, down to 0, where the constraint costs nothing. It moves by `rate` times how far the divergence is
+    off, as a share of the budget and at most 1, so that one great excess is not paid for long after it is over.
+    """
+
+    coefficient: float
+    budget: float
+    rate: float = 0.05
+
+    def updated(self, kl: float, n: int) -> BudgetedKL:
+        """After a rollout, of n completions, whose mean divergence was `kl`."""
+        error = min(max(kl / self.budget - 1, -1.0), 1.0)
+        return replace(self, coefficient=max(0.0, self.coefficient + self.rate * error))
 
 
 # ---------------------------------------------------------------------------------------------------------- rewards
@@ -71,6 +97,13 @@ def kl_shaped_rewards(
     rewards = torch.where(actions, -penalty, torch.zeros_like(penalty))
     earned = torch.where(actions.any(1), scores.detach().to(rewards.dtype), torch.zeros_like(rewards[:, 0]))
     return rewards.scatter_add(1, last_action(actions)[:, None], earned[:, None])
+
+
+def overlong_penalty(lengths: Tensor, limit: int, share: float) -> Tensor:
+    """(N,) lengths in tokens -> (N,) between 0 and -1: nothing up to limit * (1 - share), then falling to -1 at the
+    limit. Yu et al. 2025 (arXiv:2503.14476), eq. 13, whose cache is limit * share; nothing at all for share 0."""
+    lengths = lengths.float()
+    return ((limit * (1 - share) - lengths) / (limit * share)).clamp(-1, 0) if share else torch.zeros_like(lengths)
 
 
 @dataclass(frozen=True)
@@ -123,3 +156,56 @@ def gae(
         next_value = torch.where(acts, values[:, t], next_value)
         advantages[:, t] = torch.where(acts, advantage, advantages[:, t])
     return advantages, torch.where(actions, advantages + values, advantages)
+
+
+def rewards_to_go(rewards: Tensor, actions: Tensor) -> Tensor:
+    """(B, T) -> (B, T) what each action and those after it in its row earn, undiscounted; zero outside actions."""
+    earned = torch.where(actions, rewards.detach(), torch.zeros_like(rewards))
+    return torch.where(actions, earned.flip(1).cumsum(1).flip(1), earned)
+
+
+# ----------------------------------------------------------------------------- advantages among completions of a prompt
+
+# Rewards of a group that are closer than this are equal: what tells them apart is rounding, and dividing by it would
+# turn that into a lesson.
+EQUAL = 1e-6
+
+
+def degenerate(rewards: Tensor, group: int) -> Tensor:
+    """(N,) -> (N / group,) True for groups, of `group` neighbours, whose rewards are all equal: they teach nothing."""
+    sets = rewards.detach().view(-1, group)
+    return sets.amax(1) - sets.amin(1) <= EQUAL
+
+
+def group_centred(rewards: Tensor, group: int) -> Tensor:
+    """(N,) -> (N,) each reward less the mean of its group, of `group` neighbours; exactly 0 where all are equal.
+
+    Liu et al. 2025 (arXiv:2503.20783), Dr. GRPO.
+    """
+    sets = rewards.detach().double().view(-1, group)
+    centred = sets - sets.mean(1, keepdim=True)
+    return centred.masked_fill(degenerate(rewards, group)[:, None], 0).flatten().to(rewards.dtype)
+
+
+def group_standardised(rewards: Tensor, group: int) -> Tensor:
+    """(N,) -> (N,) `group_centred` over the group's standard deviation, which is the unbiased one; exactly 0 where all
+    are equal. Shao et al. 2024 (arXiv:2402.03300), section 4.1.2."""
+    centred = group_centred(rewards.double(), group).view(-1, group)
+    spread = (centred.square().sum(1, keepdim=True) / max(group - 1, 1)).sqrt()
+    return torch.where(spread > 0, centred / spread, torch.zeros_like(centred)).flatten().to(rewards.dtype)
+
+
+def leave_one_out(rewards: Tensor, group: int) -> Tensor:
+    """(N,) -> (N,) each reward less the mean of the others of its group, of `group` neighbours; exactly 0 where all
+    are equal, or alone. Ahmadian et al. 2024 (arXiv:2402.14740), RLOO."""
+    return group_centred(rewards, group) * (group / max(group - 1, 1))
+
+
+def ranked_between(rewards: Tensor, worst: float, best: float) -> Tensor:
+    """(N,) -> (N,) False for the share `worst` with the smallest and the share `best` with the largest rewards, both
+    rounded down to whole rows; of equal rewards, earlier rows count as smaller."""
+    order = rewards.detach().argsort(stable=True)
+    count = len(rewards)
+    kept = torch.zeros(count, dtype=torch.bool, device=rewards.device)
+    kept[order[int(worst * count) : count - int(best * count)]] = True
+    return kept

@@ -44,6 +44,33 @@ def tail_of(base: nn.Module) -> dict[str, nn.Module]:
     return {name: getattr(owner, name) for name in after if any(True for _ in getattr(owner, name).parameters())}
 
 
+def heads_of(model: nn.Module) -> dict[str, nn.Module]:
+    """What a model has beside its base and with weights: of a sequence classifier, all that makes a score of states."""
+    children = model.named_children()
+    beside = {name: child for name, child in children if child is not model.base_model}
+    return {name: child for name, child in beside.items() if any(True for _ in child.parameters())}
+
+
+def score_head(model: nn.Module) -> nn.Linear:
+    """The last map of a sequence classifier with one output; under an adapter, the adapter's own."""
+    maps = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == 1
+        if "lora_" not in name and "original_module" not in name
+    ]
+    return maps[-1]
+
+
+def limit_of(model: nn.Module) -> int:
+    """The longest row, in tokens, that a model has positions for."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or 2**31
+    # RoBERTa's kind begins to count after the number of its padding token.
+    shifted = any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
+    return int(limit) - (config.pad_token_id + 1 if shifted else 0)
+
+
 @contextmanager
 def swapped(stack: nn.ModuleList, replacements: Mapping[int, nn.Module]) -> Iterator[None]:
     """Inside, some layers of `stack` are others. Their number stays, so masks chosen by layer still fit."""
@@ -106,8 +133,10 @@ def window_of(config: Any) -> int:
 
 
 def logit_transform(config: Any) -> tuple[float, float | None]:
-    """(scale, soft cap) that some families apply to the logits (Cohere, Granite; Gemma)."""
+    """(scale, soft cap) that some families apply to the logits (Cohere, Granite, T5; Gemma)."""
     text = config.get_text_config()
+    if getattr(text, "scale_decoder_outputs", False):
+        return float(text.hidden_size**-0.5), None
     scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
     return float(scale), getattr(text, "final_logit_softcapping", None)
 

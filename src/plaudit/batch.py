@@ -22,6 +22,8 @@ class Batch:
     groups      (B,) int64; equal ids stand side by side, are never split, and may share their prompt
     trunk       (B, T, d) activations of the frozen layers, kept so that they are computed once
     targets     (B,) or (B, R) what people said of the row; NaN where nobody answered
+    weights     (B,) how much the row counts, and
+    baselines   (B,) what it is compared with, where that depends on rows of other micro-batches
     """
 
     tokens: Tensor
@@ -37,6 +39,8 @@ class Batch:
     trunk: Tensor | None = None
     scores: Tensor | None = None
     targets: Tensor | None = None
+    weights: Tensor | None = None
+    baselines: Tensor | None = None
     index: Tensor | None = None
     truncated: Tensor | None = None
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import symtable
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from plaudit.errors import PlauditError
+from plaudit.settings.policy_gradient import PPO, OnPolicy, PolicyGradient, ReinforcePP
+from plaudit.settings.scratch import SCRATCH
+
+if TYPE_CHECKING:
+    from plaudit.settings import Reward
 
 LINES = (".jsonl", ".jsonl.gz", ".json")
-TABLES = {".parquet": "parquet", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
+ACTION_HEADS = "ilql_heads.safetensors"
+TEXT = ".txt"
+TABLES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -39,7 +47,7 @@ def check_data(data: str | Sequence[str] | None) -> None:
     for name in names_of(data):
         path = Path(name).expanduser()
         # Not any dot: there are Hub data sets named like "tulu-2.5-preference-data".
-        local = name.endswith((*LINES, *TABLES)) or name.startswith((".", "/", "~")) or name.count("/") > 1
+        local = name.endswith((*LINES, TEXT, *TABLES)) or name.startswith((".", "/", "~")) or name.count("/") > 1
         if not path.exists() and local:
             raise PlauditError(f"data: there is no file {name!r}.")
         if path.is_file() and path.stat().st_size == 0:
@@ -89,12 +97,34 @@ def check_model(name: str) -> None:
 
     Raises PlauditError. Hub names pass: only the download can tell.
     """
+    if name.startswith(SCRATCH):
+        raise PlauditError(
+            f"model: only `sft` begins from scratch: train {name!r:.60} with it, and give its `final` folder here."
+        )
     folder = Path(name)
     if read_config(name) and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise PlauditError(
             f"model: {name!r} has no tokenizer (none of {', '.join(_TOKENIZER_FILES[:3])} ...): "
             "save one into the folder with tokenizer.save_pretrained()."
         )
+
+
+def has_action_heads(model: str) -> bool:
+    """Whether beside a model lies what `plaudit ilql` learned of the worth of tokens."""
+    return (Path(model) / ACTION_HEADS).is_file()
+
+
+def check_guidance(models: Sequence[str]) -> None:
+    """Raises PlauditError unless one of the models can be guided."""
+    if not any(map(has_action_heads, models)):
+        raise PlauditError(
+            f"ilql_beta: {' and '.join(map(repr, models))} has no {ACTION_HEADS} to be guided by: "
+            "take the final model of `plaudit ilql`, or leave ilql_beta out."
+        )
+
+
+ENSEMBLE_RULE = r"mean|minimum|mean-(\d+(?:\.\d+)?)std"
+"""How the scores of an ensemble become one: `ensemble:RULE@FOLDER`."""
 
 
 def check_rewards(specs: Sequence[str]) -> None:
@@ -108,6 +138,8 @@ def check_rewards(specs: Sequence[str]) -> None:
         elif kind == "count":
             if not rest:
                 raise PlauditError(f"reward {spec!r}: name what is to be counted, as in 'count:good'.")
+        elif kind == "ensemble":
+            _check_ensemble(spec, *rest.partition("@")[::2])
         elif kind == "label":
             label, _, model = rest.partition("@")
             if not (label and model):
@@ -117,12 +149,85 @@ def check_rewards(specs: Sequence[str]) -> None:
             _check_function(spec)
 
 
+def _check_ensemble(spec: str, rule: str, folder: str) -> None:
+    if not (re.fullmatch(ENSEMBLE_RULE, rule) and folder):
+        raise PlauditError(
+            f"reward {spec!r}: write ensemble:mean@FOLDER, ensemble:minimum@FOLDER, or ensemble:mean-1std@FOLDER "
+            "with any number of standard deviations."
+        )
+    for member in members_of(folder):
+        check_model(member)
+
+
+def members_of(folder: str) -> list[str]:
+    """The finished models of an ensemble, in order. Raises PlauditError if there are none."""
+    found = [path for path in Path(folder).glob("member-[0-9]*/final") if path.is_dir()]
+    if not found:
+        raise PlauditError(
+            f"ensemble: {folder!r} holds no member-0/final: give the run folder of `plaudit reward` with `members`."
+        )
+    return [str(path) for path in sorted(found, key=lambda path: int(path.parent.name.partition("-")[2]))]
+
+
+OBJECTIVES = {
+    "comparison": ("bradley_terry",),
+    "ranking": ("bradley_terry", "plackett_luce", "best_of"),
+    "rating": ("bradley_terry", "regression", "binary"),
+}
+"""What reward models can be fitted to, by the kind of the data."""
+
+
+def check_reward(settings: Reward, kind: str, ratings: Sequence[Sequence[float]]) -> None:
+    """Raises PlauditError for settings of a reward model that do not fit the data, of this kind, or each other.
+
+    ratings: what people gave, where the data are ratings.
+    """
+    objective = settings.objective
+    if objective not in OBJECTIVES[kind]:
+        others = [other for other, known in OBJECTIVES.items() if objective in known]
+        raise PlauditError(
+            f"objective: {objective} learns from {' and '.join(others)}s, but the data hold {kind}s, "
+            f"which take {' or '.join(OBJECTIVES[kind])}."
+        )
+    if settings.noise and objective not in ("bradley_terry", "binary"):
+        raise PlauditError(f"noise: {objective} knows no answers at random: leave `noise` at 0.")
+    if settings.adaptive_weight_decay and not settings.weight_decay:
+        raise PlauditError("adaptive_weight_decay: there is no weight_decay to begin with: set it, to 0.01 say.")
+    odd = [one for given in ratings for one in given if not 0 <= one <= 1]
+    if objective == "binary" and odd:
+        raise PlauditError(
+            f"objective: binary takes labels, or ratings from 0 (bad) to 1 (good), and one here is {odd[0]:g}: "
+            "rescale them, or take regression."
+        )
+
+
 def check_rollout(rollout: int, batch_size: int, group: int) -> None:
     """Raises PlauditError unless a rollout is whole batches of whole groups."""
     if rollout % batch_size:
         raise PlauditError(f"batch_size ({batch_size}) must divide rollout ({rollout}).")
     if batch_size % group:
         raise PlauditError(f"group ({group}) must divide batch_size ({batch_size}), or a prompt's answers are torn.")
+
+
+def check_learning_from_samples(settings: OnPolicy) -> None:
+    """Raises PlauditError for settings of an algorithm that samples which exclude each other or leave nothing."""
+    if settings.reward_normalise and settings.reward_scale:
+        raise PlauditError("reward_normalise takes the mean off, reward_scale leaves it: choose one of them.")
+    if isinstance(settings, ReinforcePP) and settings.baseline == "group" and settings.group == 1:
+        raise PlauditError("baseline: a group of one has no others to compare with: raise group, or take none.")
+    if isinstance(settings, PPO) and 0 < settings.dual_clip <= 1:
+        raise PlauditError(f"dual_clip is {settings.dual_clip:g}: give more than 1, or 0 for no such bound.")
+    if not isinstance(settings, PolicyGradient):
+        return
+    if settings.kl_target and settings.kl_budget:
+        raise PlauditError("kl_target holds the divergence, kl_budget only bounds it: choose one of them.")
+    if settings.kl_target and not settings.kl:
+        raise PlauditError("kl_target: the weight adapts by factors, so it cannot begin at 0: raise kl.")
+    if settings.reject_worst + settings.reject_best >= 1:
+        raise PlauditError(
+            f"reject_worst ({settings.reject_worst:g}) and reject_best ({settings.reject_best:g}) leave no completion "
+            "to learn from: together they must be less than 1."
+        )
 
 
 def check_processes(batch_size: int, processes: int) -> None:

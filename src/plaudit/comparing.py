@@ -66,7 +66,7 @@ def answer(
     advance: Callable[[int], None],
 ) -> tuple[Batch, list[str]]:
     """One completion for each prompt, `rows` at a time, as a batch and as texts."""
-    sampler = LocalSampler(policy.backbone, template.decode, dtype=world.sampling_dtype)
+    sampler = LocalSampler(policy.backbone, template.decode, dtype=world.sampling_dtype, guide=policy.guide)
     generator = torch.Generator().manual_seed(seed)
     completions: list[list[int]] = []
     for start in range(0, len(asked), rows):

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from plaudit import records
-from plaudit.checks import LINES, TABLES, names_of
+from plaudit.checks import LINES, TABLES, TEXT, names_of
 from plaudit.errors import PlauditError
-from plaudit.records import Loaded, Text
+from plaudit.records import Demonstration, Loaded, Text
 
 R = TypeVar("R")
 
@@ -35,8 +36,20 @@ def _rows(names: list[str], split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for name in names:
         if name.endswith(LINES):
             yield from records.rows(Path(name).expanduser())
+        elif name.endswith(TEXT):
+            yield name, {"text": _text(name)}
         else:
             yield from _dataset_rows(name, split)
+
+
+def _text(name: str) -> str:
+    """A whole file of plain text, its line breaks all `\\n`."""
+    try:
+        return Path(name).expanduser().read_text("utf-8-sig")
+    except OSError as error:
+        raise PlauditError(f"data: cannot read {name!r}: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise PlauditError(f"data: {name!r} is not UTF-8 (byte {error.start}: {error.reason}).") from None
 
 
 def _dataset_rows(name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -49,7 +62,7 @@ def _dataset_rows(name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]
             table = table[split] if isinstance(table, datasets.DatasetDict) else table
         elif path.is_file():
             if path.suffix not in TABLES:
-                known = ", ".join([*LINES, *TABLES])
+                known = ", ".join([*LINES, TEXT, *TABLES])
                 raise PlauditError(f"data: {name!r} is of no kind that can be read: {known}, or a folder of these.")
             table = datasets.load_dataset(TABLES[path.suffix], data_files=str(path), split="train")
         else:
@@ -76,6 +89,15 @@ def hold_out(items: Sequence[R], share: float, prompt: Callable[[R], Text]) -> t
         [item for item, out in zip(items, held, strict=True) if not out],
         [item for item, out in zip(items, held, strict=True) if out],
     )
+
+
+def hold_out_end(text: Demonstration, share: float) -> tuple[list[Demonstration], list[Demonstration]]:
+    """(training, held out) where one plain text is all there is: its last `share` of characters is held out."""
+    assert isinstance(text.completion, str)
+    cut = len(text.completion) - round(share * len(text.completion))
+    parts = (replace(text, completion=part) for part in (text.completion[:cut], text.completion[cut:]))
+    training, held = ([part] if part.completion else [] for part in parts)
+    return training, held
 
 
 class Order:

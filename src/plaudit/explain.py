@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plaudit import config, machine
 from plaudit.data import Order
-from plaudit.recipes import encode, prepare, template_of
+from plaudit.recipes import begun, encode, prepare, template_of
+from plaudit.settings import Reward
 from plaudit.settings.common import Training
 from plaudit.settings.policy_gradient import OnPolicy
 
@@ -28,10 +31,12 @@ def explain(settings: Any) -> None:
     if not isinstance(settings, Training):
         return
     settings, loaded = prepare(settings)
-    template = template_of(settings)
-    loaded = encode(settings, template, loaded)
-    for line in (*_arithmetic(settings, len(loaded.training)), *_memory(settings), *loaded.notes):
-        console.print(line, highlight=False, markup=False)
+    with tempfile.TemporaryDirectory() as folder:  # for a model that the run itself would make
+        settings = begun(settings, loaded, Path(folder))
+        template = template_of(settings)
+        loaded = encode(settings, template, loaded)
+        for line in (*_arithmetic(settings, len(loaded.training)), *_memory(settings), *loaded.notes):
+            console.print(line, highlight=False, markup=False)
     console.print("\n[bold]One example[/], what is learned in green between ⟦ and ⟧:")
     console.print(_shown(loaded.training[0], template))
 
@@ -54,14 +59,23 @@ def _arithmetic(settings: Training, rows: int) -> list[str]:
 def _memory(settings: Training) -> list[str]:
     """Weights, and how many of them learn, counted on a model without content; activations by a rule of thumb."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSequenceClassification,
+    )
 
     from plaudit.backbone import layers_of, tail_of
 
     config = AutoConfig.from_pretrained(settings.model, trust_remote_code=False)
+    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if isinstance(settings, Reward):
+        auto, config.num_labels = AutoModelForSequenceClassification, 1
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    stack = list(layers_of(model.base_model))
+        model = auto.from_config(config)
+    bases = [model.get_encoder(), model.get_decoder()] if config.is_encoder_decoder else [model.base_model]
+    stack = [layer for base in bases for layer in layers_of(base)]
     trained = stack[-settings.train_layers :]
     total = learning = _count(model)
     if settings.train_layers:
@@ -90,8 +104,11 @@ def _shown(item: Any, template: Template) -> Any:
     from rich.text import Text
 
     from plaudit.algorithms.on_policy import Asked
+    from plaudit.algorithms.preference import Answers
     from plaudit.algorithms.reward import Judged
 
+    if isinstance(item, Answers):
+        item = item.encoded[0]
     if isinstance(item, Asked):
         ids, actions = item.ids, [False] * len(item)
     elif isinstance(item, Judged):

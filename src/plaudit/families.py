@@ -3,16 +3,19 @@ place that knows every class; they load when they are asked for."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from plaudit import data
+from plaudit import data, pairing
+from plaudit.errors import PlauditError
 from plaudit.records import Comparison, Demonstration, Prompt, Ranking, Rating
 from plaudit.run import Run
-from plaudit.settings import PPO, SFT, Reward
+from plaudit.settings import ILQL, PPO, SFT, Reward, preference
 from plaudit.settings.common import Training
-from plaudit.settings.policy_gradient import OnPolicy
+from plaudit.settings.online import BestOfN, OnlineDPO
+from plaudit.settings.policy_gradient import CISPO, DAPO, GRPO, GSPO, RLOO, VPG, DrGRPO, OnPolicy, ReinforcePP
 
 if TYPE_CHECKING:
     from plaudit.algorithms.base import Algorithm
@@ -34,6 +37,8 @@ class Family:
     record   settings -> the kind of record that is read
     encode   records -> items, whose `len` is in tokens
     figures  what the run's summary says beside its cost
+    cut      settings and items -> items, where some are to be cut before their length is looked at
+    convert  settings and records -> records in the form that is learned from, and sentences about what was left out
     """
 
     unit: str
@@ -42,6 +47,8 @@ class Family:
     encode: Callable[[list[Any], Template], list[Any]]
     build: Build
     figures: Callable[[Any, Run], dict[str, Any]]
+    cut: Callable[[Any, list[Any]], list[Any]] = lambda settings, items: items
+    convert: Callable[[Any, list[Any]], tuple[list[Any], list[str]]] = lambda settings, records: (records, [])
 
 
 def family_of(settings: Training) -> Family:
@@ -64,6 +71,36 @@ def judgement_kind(settings: Training) -> type[Any]:
 
 def _demonstrated(records: list[Demonstration], template: Template) -> list[Any]:
     return [template.encode(record.prompt, record.completion) for record in records]
+
+
+def _cut(settings: SFT, items: list[Any]) -> list[Any]:
+    """Whole texts as windows; with `learn: all`, everything is a whole text."""
+    if settings.learn == "all":
+        items = [item.learned_whole() for item in items]
+    pieces = [item.windows(settings.max_tokens, settings.overlap) if item.whole else [item] for item in items]
+    return [piece for several in pieces for piece in several]
+
+
+def _preference_kind(settings: Training) -> type[Any]:
+    """As `judgement_kind`; what holds no judgement at all lacks a comparison."""
+    kind = judgement_kind(settings)
+    judged = {"ratings", "rating", "score", "label"} & data.columns_of(settings.data, settings.split)
+    return kind if kind is not Rating or judged else Comparison
+
+
+def _answered(records: list[Any], template: Template) -> list[Any]:
+    from plaudit.algorithms.preference import Answers
+
+    items = []
+    for record in records:
+        if isinstance(record, Comparison):
+            texts, targets = [record.chosen, record.rejected], [record.preference, 1 - record.preference]
+        elif isinstance(record, Ranking):
+            texts, targets = list(record.completions), [float(rank) for rank in record.ranks]
+        else:
+            texts, targets = [record.completion], list(record.ratings)
+        items.append(Answers([template.encode(record.prompt, text) for text in texts], targets))
+    return items
 
 
 def asked_of(records: list[Prompt], template: Template) -> list[Asked]:
@@ -90,10 +127,34 @@ def _judged(records: list[Any], template: Template) -> list[Any]:
     return items
 
 
+def _logged(records: list[Rating], template: Template) -> list[Any]:
+    """Rated texts with what each of their tokens earned: the mean rating at the last, unless the data say more."""
+    from plaudit.algorithms.ilql import Logged
+
+    items = []
+    for record in records:
+        text = template.encode(record.prompt, record.completion)
+        acted = [place for place, acting in enumerate(text.actions) if acting]
+        given = record.columns.get("token_rewards")
+        if given is None:
+            earned = {acted[-1]: math.fsum(record.ratings) / len(record.ratings)}
+        elif len(acted) - len(given) in (0, 1):
+            earned = dict(zip(acted, given, strict=False))
+        else:
+            raise PlauditError(
+                f"data: `token_rewards` holds {len(given)} numbers for {record.completion!r:.40}, which the model "
+                f"reads as {len(acted) - 1} tokens and its end: give one for each token, the end too if it earned "
+                "something."
+            )
+        rewards = [float(earned.get(place, 0.0)) for place in range(len(text.actions))]
+        items.append(Logged(text.prompt, text.completion, text.actions, rewards=rewards))
+    return items
+
+
 # ------------------------------------------------------------------------------------------------------ algorithms
 
 
-def _policy(settings: Training, world: World, value_head: bool = False) -> Policy:
+def _policy(settings: Training, world: World, value_head: bool = False, action_heads: bool = False) -> Policy:
     from plaudit.loading import load_policy
 
     policy = load_policy(
@@ -103,6 +164,7 @@ def _policy(settings: Training, world: World, value_head: bool = False) -> Polic
         lora_rank=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         value_head=value_head,
+        action_heads=action_heads,
     )
     return policy.to(world.device)
 
@@ -111,14 +173,28 @@ def _sft(settings: SFT, world: World, template: Template, *items: list[Any]) -> 
     from plaudit.algorithms.sft import SupervisedFineTuning
 
     policy = _policy(settings, world)
+    if policy.encodes and settings.learn == "all":
+        raise PlauditError("learn: an encoder-decoder model reads prompts and writes completions: take `completion`.")
     policy.train(settings.dropout)
     return SupervisedFineTuning(settings, world, policy, *items)
 
 
 def _reward(settings: Reward, world: World, template: Template, *items: list[Any]) -> Algorithm:
     from plaudit.algorithms.reward import FromComparisons, FromRankings, FromRatings
+    from plaudit.algorithms.reward_objectives import BestOf, Binary, PlackettLuce, Regression
     from plaudit.loading import load_reward_model
 
+    kinds = {
+        (Comparison, "bradley_terry"): FromComparisons,
+        (Ranking, "bradley_terry"): FromRankings,
+        (Ranking, "plackett_luce"): PlackettLuce,
+        (Ranking, "best_of"): BestOf,
+        (Rating, "bradley_terry"): FromRatings,
+        (Rating, "regression"): Regression,
+        (Rating, "binary"): Binary,
+    }
+    algorithm = kinds[judgement_kind(settings), settings.objective]
+    anchor = _anchor(settings, template)
     policy = load_reward_model(
         settings.model,
         template.tokenizer,
@@ -127,28 +203,98 @@ def _reward(settings: Reward, world: World, template: Template, *items: list[Any
         lora_rank=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
     ).to(world.device)
+    _check_readable(settings, policy, [text for item in items[0] + items[1] for text in item.texts] + anchor)
     policy.train(settings.dropout)
-    kinds = {Comparison: FromComparisons, Ranking: FromRankings, Rating: FromRatings}
-    return kinds[judgement_kind(settings)](settings, world, policy, *items)
+    return algorithm(settings, world, policy, *items, anchor)
 
 
-def _on_policy(settings: PPO, world: World, template: Template, *items: list[Any]) -> Algorithm:
-    from plaudit.algorithms.ppo import ProximalPolicyOptimisation
+def _anchor(settings: Reward, template: Template) -> list[list[int]]:
+    """The texts whose mean score is to be 0, of no more tokens than any other. Raises PlauditError if there is none."""
+    if settings.normalise_on is None:
+        return []
+    records = data.load(settings.normalise_on, Demonstration, settings.split).records
+    texts = template.tokenizer([template.text(record.prompt, record.completion) for record in records]).input_ids
+    return data.within(texts, len, settings.max_tokens, "demonstration of normalise_on")[0]
+
+
+def _check_readable(settings: Reward, policy: Policy, texts: list[list[int]]) -> None:
+    """Raises PlauditError for a text that the model has no positions for."""
+    from plaudit.backbone import limit_of
+
+    limit, longest = limit_of(policy.backbone), max(map(len, texts))
+    if longest > limit:
+        raise PlauditError(
+            f"max_tokens: a text has {longest} tokens, and {settings.model!r} reads at most {limit}: "
+            f"set max_tokens to {limit}, which leaves longer ones out."
+        )
+
+
+def _on_policy(settings: OnPolicy, world: World, template: Template, *items: list[Any]) -> Algorithm:
+    from plaudit.algorithms import online, ppo
+    from plaudit.algorithms import policy_gradient as known
     from plaudit.rewards import load_rewards
     from plaudit.sampler import LocalSampler
 
-    policy = _policy(settings, world, value_head=True)
+    kinds: dict[type, Callable[..., Algorithm]] = {
+        PPO: ppo.ProximalPolicyOptimisation,
+        VPG: known.VanillaPolicyGradient,
+        RLOO: known.LeaveOneOut,
+        ReinforcePP: known.ReinforcePlusPlus,
+        GRPO: known.GroupRelativePolicyOptimisation,
+        DrGRPO: known.GroupRelativeDoneRight,
+        DAPO: known.DynamicSampling,
+        GSPO: known.GroupSequencePolicyOptimisation,
+        CISPO: known.ClippedWeights,
+        OnlineDPO: online.OnlineDirectPreference,
+        BestOfN: online.BestOfSeveral,
+    }
+    policy = _policy(settings, world, value_head=isinstance(settings, PPO))
     rewards = load_rewards(
         settings.rewards,
         weights=settings.reward_weights,
         clip=settings.reward_clip,
         normalise=settings.reward_normalise,
+        scale=settings.reward_scale,
         precision=world.precision,
         device=world.device,
         tokens_per_pass=settings.tokens_per_pass,
     )
     sampler = LocalSampler(policy.backbone, template.decode, dtype=world.sampling_dtype)
-    return ProximalPolicyOptimisation(settings, world, policy, template, sampler, rewards, *items)
+    return kinds[type(settings)](settings, world, policy, template, sampler, rewards, *items)
+
+
+def _ilql(settings: ILQL, world: World, template: Template, *items: list[Any]) -> Algorithm:
+    from plaudit.algorithms.ilql import ImplicitLanguageQLearning, normalised
+
+    logged = normalised(*items) if settings.reward_normalise else items
+    return ImplicitLanguageQLearning(settings, world, _policy(settings, world, action_heads=True), *logged)
+
+
+def _preference(settings: preference.Preference, world: World, template: Template, *items: list[Any]) -> Algorithm:
+    from plaudit.algorithms import preference as paired
+    from plaudit.algorithms import unpaired
+
+    kinds: dict[type, Callable[..., Algorithm]] = {
+        preference.DPO: paired.DirectPreference,
+        preference.RobustDPO: paired.RobustDirectPreference,
+        preference.IPO: paired.IdentityPreference,
+        preference.AveragedIPO: paired.AveragedIdentityPreference,
+        preference.Hinge: paired.HingePreference,
+        preference.EXO: paired.EfficientExact,
+        preference.NCA: paired.NoiseContrastive,
+        preference.SPPO: paired.SelfPlayPreference,
+        preference.AOT: paired.OptimalTransport,
+        preference.APOZero: paired.AnchoredZero,
+        preference.APODown: paired.AnchoredDown,
+        preference.DiscoPOP: paired.DiscoveredPreference,
+        preference.RRHF: paired.RankResponses,
+        preference.CPO: paired.ContrastivePreference,
+        preference.SimPO: paired.SimplePreference,
+        preference.ORPO: paired.OddsRatio,
+        preference.KTO: unpaired.KahnemanTversky,
+        preference.BCO: unpaired.BinaryClassifier,
+    }
+    return kinds[type(settings)](settings, world, _policy(settings, world), *items)
 
 
 # --------------------------------------------------------------------------------------------------------- figures
@@ -168,11 +314,34 @@ def _found(algorithm: Any, run: Run) -> dict[str, Any]:
 
 
 def _reached(algorithm: Algorithm, run: Run) -> dict[str, Any]:
-    return {name: _metric(run, name, True) for name in ("score", "kl")}
+    figures = {name: _metric(run, name, True) for name in ("score", "kl")}
+    return {name: value for name, value in figures.items() if value is not None}
 
+
+def _told_apart(algorithm: Algorithm, run: Run) -> dict[str, Any]:
+    figures = {f"preference_{name}": _metric(run, f"heldout_{name}", True) for name in ("loss", "accuracy", "margin")}
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+_PREFERENCE = Family(
+    unit="pair",
+    limit="max_tokens",
+    record=_preference_kind,
+    encode=_answered,
+    build=_preference,
+    figures=_told_apart,
+    convert=lambda settings, records: pairing.comparisons(records, settings.soft),
+)
+_SINGLE = replace(_PREFERENCE, unit="answer", convert=lambda settings, records: pairing.thumbs(records))
+_RANKED = replace(_PREFERENCE, unit="ranking", convert=lambda settings, records: pairing.rankings(records))
 
 FAMILIES: dict[type, Family] = {
-    SFT: Family("demonstration", "max_tokens", lambda _: Demonstration, _demonstrated, _sft, _before_and_after),
+    SFT: Family("demonstration", "max_tokens", lambda _: Demonstration, _demonstrated, _sft, _before_and_after, _cut),
+    ILQL: Family("text", "max_tokens", lambda _: Rating, _logged, _ilql, _before_and_after),
     Reward: Family("text", "max_tokens", judgement_kind, _judged, _reward, _found),
+    preference.Preference: _PREFERENCE,
+    preference.KTO: _SINGLE,
+    preference.BCO: _SINGLE,
+    preference.RRHF: _RANKED,
     OnPolicy: Family("prompt", "max_prompt_tokens", lambda _: Prompt, asked_of, _on_policy, _reached),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from plaudit.algorithms.on_policy import Asked
     from plaudit.comparing import Answers
     from plaudit.policy import Policy
-    from plaudit.sampler import Sampling
+    from plaudit.sampler import Sampled, Sampling
     from plaudit.templates import Template
     from plaudit.world import World
 
@@ -41,6 +41,8 @@ def evaluate(settings: Evaluate) -> Run:
     checks.check_data(settings.data)
     for folder in (reference, *named.values()):
         checks.check_model(folder)
+    if settings.ilql_beta:
+        checks.check_guidance(list(named.values()))
     checks.check_rewards([*listed(settings.rewards), *listed(settings.judge or ())])
     prompts = data.load(settings.data, Prompt, settings.split)
     with opened(settings, ("output", "device")) as run:
@@ -57,11 +59,16 @@ def sample(settings: Sample) -> Path | None:
     settings = config.check(settings)
     checks.check_data(settings.data)
     checks.check_model(settings.model)
+    if settings.ilql_beta:
+        checks.check_guidance([settings.model])
+    checks.check_rewards(settings.best_of)
+    if settings.best_of and settings.n == 1:
+        raise PlauditError("best_of: there is one completion of each prompt and nothing to choose from: raise n.")
     prompts = None if settings.data is None else data.load(settings.data, Prompt, settings.split)
     if prompts is not None and Path(settings.output).exists():
         raise PlauditError(f"output: {settings.output} exists already: name another file, or remove it.")
     world = start_world(settings)
-    policy, template = _load(sources.resolve(settings.model), world, settings.temperature)
+    policy, template = _load(sources.resolve(settings.model), world, settings.temperature, settings.ilql_beta)
     if prompts is None:
         _interactive(settings, policy, template, world)
         return None
@@ -93,13 +100,16 @@ def _asked(settings: Common, template: Template, loaded: Loaded[Prompt], chosen:
     return asked
 
 
-def _load(model: str, world: World, temperature: float) -> tuple[Policy, Template]:
-    from plaudit.loading import load_policy, load_tokenizer
+def _load(model: str, world: World, temperature: float, guidance: float) -> tuple[Policy, Template]:
+    """A policy as it is to be sampled from; `guidance` matters to those that can be guided."""
+    from plaudit.loading import encodes, load_policy, load_tokenizer
     from plaudit.templates import Template
 
-    policy = load_policy(model, precision=world.precision, learns=False).to(world.device)
+    heads = guidance > 0 and checks.has_action_heads(model)
+    policy = load_policy(model, precision=world.precision, action_heads=heads, learns=False).to(world.device)
     policy.temperature = temperature
-    return policy, Template(load_tokenizer(model))
+    policy.guidance = guidance if heads else 0.0
+    return policy, Template(load_tokenizer(model), encodes(model))
 
 
 def _limits(settings: Any, template: Template, **filters: Any) -> Sampling:
@@ -123,14 +133,17 @@ def _compare(settings: Evaluate, named: dict[str, str], reference: str, prompts:
 
     started = time.perf_counter()
     world = start_world(settings)
-    policy, template = _load(reference, world, settings.temperature)
+    # The reference of KL and perplexity is never guided, even if it is one of the policies.
+    policy, template = _load(reference, world, settings.temperature, 0.0)
     distinct = list({data.key_of(prompt.prompt): prompt for prompt in prompts.records}.values())
     asked = _asked(settings, template, prompts, distinct)[: settings.prompts]
     bar, task = hooks.progress_bar("evaluate", len(asked) * len(named), unit="completions")
     sampled = {}
     with bar:
         for name, folder in named.items():
-            own, _ = (policy, template) if folder == reference else _load(folder, world, settings.temperature)
+            own = policy
+            if folder != reference or (settings.ilql_beta and checks.has_action_heads(folder)):
+                own, _ = _load(folder, world, settings.temperature, settings.ilql_beta)
             limits = _limits(settings, template)
             batch, texts = comparing.answer(
                 own,
@@ -142,7 +155,8 @@ def _compare(settings: Evaluate, named: dict[str, str], reference: str, prompts:
                 rows=settings.rows,
                 advance=partial(_advance, bar, task),
             )
-            logprobs = comparing.total_logprobs(own, batch, world, 4096)
+            # What guides a policy is worked out for the whole vocabulary at once.
+            logprobs = comparing.total_logprobs(own, batch, world, 512 if own.guide else 4096)
             kept = logprobs if own is policy else comparing.total_logprobs(policy, batch, world, 4096)
             sampled[name] = (batch, texts, logprobs, kept)
     options: dict[str, Any] = {"precision": world.precision, "device": world.device}
@@ -208,9 +222,10 @@ def _write_samples(settings: Sample, policy: Policy, template: Template, world: 
     from plaudit import hooks
     from plaudit.sampler import LocalSampler
 
-    sampler = LocalSampler(policy.backbone, template.decode, dtype=world.sampling_dtype)
+    sampler = LocalSampler(policy.backbone, template.decode, dtype=world.sampling_dtype, guide=policy.guide)
     limits = _limits(settings, template, top_k=settings.top_k, top_p=settings.top_p)
     generator = torch.Generator().manual_seed(settings.seed)
+    kept = _kept(settings, template, world)
     bar, task = hooks.progress_bar("sample", len(asked), unit="prompts")
     lines = []
     with bar:
@@ -218,19 +233,40 @@ def _write_samples(settings: Sample, policy: Policy, template: Template, world: 
         for start in range(0, len(asked), size):
             part = asked[start : start + size]
             drawn = sampler.sample([a.ids for a in part], limits, settings.n, generator)
-            repeated = [a for a in part for _ in range(settings.n)]
-            for a, ids, cut in zip(repeated, drawn.completions, drawn.truncated, strict=True):
+            for place, scored in kept(part, drawn):
+                record = part[place // settings.n].record
                 row = {
-                    **a.record.columns,
-                    "prompt": a.record.prompt,
-                    "completion": template.decode(ids),
-                    "truncated": cut,
+                    **record.columns,
+                    "prompt": record.prompt,
+                    "completion": template.decode(drawn.completions[place]),
+                    "truncated": drawn.truncated[place],
+                    **scored,
                 }
                 lines.append(json.dumps(row, ensure_ascii=False))
             _advance(bar, task, len(part))
     path = Path(settings.output)
     write_atomically(path, "\n".join(lines) + "\n")
     return path
+
+
+def _kept(settings: Sample, template: Template, world: World) -> Callable[..., list[tuple[int, dict[str, float]]]]:
+    """(prompts, what was drawn) -> the places of the completions that are kept, and more columns for each: all of
+    them, or with `best_of` the best of each prompt, with its score."""
+    if not settings.best_of:
+        return lambda asked, drawn: [(place, {}) for place in range(len(drawn.completions))]
+
+    from plaudit.algorithms.on_policy import score
+    from plaudit.algorithms.online import extremes
+    from plaudit.rewards import load_rewards
+
+    rewards = load_rewards(settings.best_of, precision=world.precision, device=world.device)
+
+    def best(asked: list[Asked], drawn: Sampled) -> list[tuple[int, dict[str, float]]]:
+        repeated = [a for a in asked for _ in range(settings.n)]
+        scores = score(rewards, repeated, [template.decode(ids) for ids in drawn.completions], world)
+        return [(place, {"score": float(scores[place])}) for place in extremes(scores, settings.n)[1].tolist()]
+
+    return best
 
 
 def _advance(bar: Progress, task: TaskID, count: int) -> None:
@@ -245,18 +281,19 @@ def _interactive(settings: Sample, policy: Policy, template: Template, world: Wo
     from plaudit import hooks
     from plaudit.sampler import LocalSampler
 
-    sampler = LocalSampler(policy.backbone, template.decode, dtype=world.sampling_dtype)
+    sampler = LocalSampler(policy.backbone, template.decode, dtype=world.sampling_dtype, guide=policy.guide)
     limits = _limits(settings, template, top_k=settings.top_k, top_p=settings.top_p)
     generator = torch.Generator().manual_seed(settings.seed)
+    kept = _kept(settings, template, world)
     chat = bool(template.tokenizer.chat_template)
     hooks.tell("Type a prompt; an empty line ends." + (" The model is asked as an assistant." if chat else ""))
     with suppress(EOFError):  # ctrl-D, or the end of what was piped in
         while text := Ask.ask("[bold]prompt[/]", default="", show_default=False):
-            ids = template.prompt([{"role": "user", "content": text}] if chat else text)
+            asked = asked_of([Prompt([{"role": "user", "content": text}] if chat else text)], template)
             try:
-                drawn = sampler.sample([ids], limits, settings.n, generator)
+                drawn = sampler.sample([asked[0].ids], limits, settings.n, generator)
             except PlauditError as error:  # too long, most likely: the next may not be
                 hooks.tell(str(error))
                 continue
-            for completion in drawn.completions:
-                print(template.decode(completion), flush=True)
+            for place, _ in kept(asked, drawn):
+                print(template.decode(drawn.completions[place]), flush=True)

@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 
-from plaudit.backbone import layers_of, load_backbone, logit_transform, tail_of
+from plaudit.backbone import heads_of, layers_of, load_backbone, logit_transform, tail_of
 from plaudit.batch import Batch, collate
-from plaudit.checks import check_model
+from plaudit.checks import ACTION_HEADS, check_model, read_config
 from plaudit.errors import PlauditError
-from plaudit.layout import padded, shared
+from plaudit.heads import ActionHeads
+from plaudit.layout import Layout, padded, shared
 from plaudit.policy import Policy
+from plaudit.seq2seq import arrange
 
 _VALUE_HEAD = "value_head.safetensors"
 
@@ -32,7 +34,8 @@ def _without_bars() -> None:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model, with an end token. Raises PlauditError if it has none."""
+    """The tokenizer of a model, with an end token: an encoder's is what it closes each text with. Raises PlauditError
+    if it has none."""
     from transformers import AutoTokenizer
 
     _without_bars()
@@ -41,11 +44,24 @@ def load_tokenizer(name: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # of a damaged file, the tokenizers library raises nothing narrower
         raise PlauditError(f"model: cannot load the tokenizer of {name!r}: {str(error).splitlines()[0]}") from error
+    if tokenizer.eos_token_id is None and tokenizer.cls_token_id is not None:
+        tokenizer.eos_token = tokenizer.sep_token
     if tokenizer.eos_token_id is None:
         raise PlauditError(f"model: the tokenizer of {name!r} has no end token: set `eos_token` and save it again.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths, never from token ids
     return tokenizer
+
+
+def encodes(name: str) -> bool:
+    """Whether prompts go to an encoder in this model. A name that leads nowhere is left to those who load it."""
+    from transformers import AutoConfig
+
+    read_config(name)
+    try:
+        return bool(AutoConfig.from_pretrained(name, trust_remote_code=False).is_encoder_decoder)
+    except (OSError, ValueError):
+        return False
 
 
 def load_policy(
@@ -56,17 +72,25 @@ def load_policy(
     lora_rank: int = 0,
     lora_alpha: float = 16.0,
     value_head: bool = False,
+    action_heads: bool = False,
     learns: bool = True,
 ) -> Policy:
-    """A causal language model to train or sample from (`learns=False`: all of it frozen).
+    """A language model, causal or encoder-decoder, to train or sample from (`learns=False`: all of it frozen), with
+    the heads that are asked for: those beside the model, or new ones.
 
     train_layers: only the last so many layers and the final norm learn (0: all). lora_rank: only low-rank
     adapters of that rank learn (0: none). Raises PlauditError for a wrong name or a combination of both.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    model = load_backbone(name, AutoModelForCausalLM)
-    policy = _prepare(model, "CAUSAL_LM", train_layers, lora_rank, lora_alpha)
+    both = encodes(name)
+    model = load_backbone(name, AutoModelForSeq2SeqLM if both else AutoModelForCausalLM)
+    if both and train_layers:
+        raise PlauditError(
+            "train_layers: an encoder-decoder model has two stacks of layers and no common trunk: "
+            "train all of it, or set lora_rank."
+        )
+    policy = _prepare(model, "SEQ_2_SEQ_LM" if both else "CAUSAL_LM", train_layers, lora_rank, lora_alpha)
     if not learns:
         policy.requires_grad_(False)
     if value_head:
@@ -77,6 +101,13 @@ def load_policy(
         saved = Path(name) / _VALUE_HEAD
         if saved.is_file():
             policy.value.load_state_dict(load_file(saved))
+    if action_heads:
+        policy.heads = ActionHeads(policy.width, policy.backbone.get_output_embeddings().weight.shape[0])
+        saved = Path(name) / ACTION_HEADS
+        if saved.is_file():
+            policy.heads.load(load_file(saved))
+        if not learns:
+            policy.heads.requires_grad_(False)
     return _finish(policy, name, precision)
 
 
@@ -90,26 +121,34 @@ def load_reward_model(
     lora_alpha: float = 16.0,
     learns: bool = True,
 ) -> Policy:
-    """A sequence classifier with one output (`learns=False`: all of it frozen). On a model that has no such head
-    yet, a new one is drawn from N(0, 1/(d+1)) (Ziegler et al. 2019), and the padding token is made another than the
-    end token, since Hugging Face classifiers read the score at the last token that is not padding."""
+    """A sequence classifier with one output (`learns=False`: all of it frozen): a decoder, scored at its last token, or
+    an encoder with a head of its own. A model that has no such head yet gets a new one. A decoder's is drawn from
+    N(0, 1/(d+1)) (Ziegler et al. 2019), and its padding token is made another than the end token, since Hugging Face
+    classifiers read the score at the last token that is not padding. Raises PlauditError for any other model."""
     from transformers import AutoModelForSequenceClassification
 
     new = not _is_classifier(name)
     model = load_backbone(name, AutoModelForSequenceClassification, **({"num_labels": 1} if new else {}))
-    if not isinstance(getattr(model, "score", None), nn.Linear):
+    if model.config.is_encoder_decoder:
         raise PlauditError(
-            f"model: {name!r} ({type(model).__name__}) does not score the last token of a causal model, so it cannot "
-            "be a reward model here; a probability of its labels can be a reward: 'label:LABEL@MODEL'."
+            f"model: {name!r} ({type(model).__name__}) has an encoder and a decoder, and a reward model is either; "
+            "a probability of its labels can be a reward: 'label:LABEL@MODEL'."
         )
     if model.config.num_labels != 1:
-        raise PlauditError(f"model: {name!r} is a classifier of {model.config.num_labels} labels, not a reward model.")
-    if new:
+        raise PlauditError(
+            f"model: {name!r} is a classifier of {model.config.num_labels} labels, not a reward model; a probability "
+            "of its labels can be a reward: 'label:LABEL@MODEL'."
+        )
+    decodes = isinstance(getattr(model, "score", None), nn.Linear)
+    if new and decodes:
         _distinct_padding(model, tokenizer)
         nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.config.get_text_config().hidden_size + 1))
     policy = _prepare(model, "SEQ_CLS", train_layers, lora_rank, lora_alpha)
-    if not lora_rank:  # the adapter brings a head of its own
-        model.score.requires_grad_(True)
+    policy.own_head = not decodes
+    policy.rearranges &= decodes
+    if not lora_rank:  # the adapter brings heads of its own
+        for head in heads_of(model).values():
+            head.requires_grad_(True)
     if not learns:
         policy.requires_grad_(False)
     return _finish(policy, name, precision)
@@ -131,7 +170,7 @@ def end_every_text(tokenizer: Any) -> None:
 
 def save_pretrained(policy: Policy, tokenizer: Any, folder: Path) -> None:
     """A folder that `from_pretrained` opens: adapters merged (and kept beside it in `adapter/`), in the number
-    type that the model came in, the value head in a file of its own."""
+    type that the model came in, other heads in files of their own."""
     model = policy.backbone
     if policy.adapter is not None:
         with warnings.catch_warnings():
@@ -145,6 +184,9 @@ def save_pretrained(policy: Policy, tokenizer: Any, folder: Path) -> None:
         save_file(
             {k: v.detach().contiguous().cpu() for k, v in policy.value.state_dict().items()}, folder / _VALUE_HEAD
         )
+    if policy.heads is not None:
+        kept = policy.heads.kept().items()
+        save_file({k: v.to(policy.stored_dtype).contiguous().cpu() for k, v in kept}, folder / ACTION_HEADS)
     tokenizer.save_pretrained(str(folder))
 
 
@@ -176,7 +218,7 @@ def _prepare(model: nn.Module, task: str, train_layers: int, lora_rank: int, lor
         from peft import LoraConfig, TaskType, get_peft_model
         from transformers.pytorch_utils import Conv1D
 
-        head = ["score"] if task == "SEQ_CLS" else None
+        heads = list(heads_of(model)) if task == "SEQ_CLS" else None
         options = LoraConfig(
             task_type=TaskType[task],
             r=lora_rank,
@@ -184,7 +226,7 @@ def _prepare(model: nn.Module, task: str, train_layers: int, lora_rank: int, lor
             lora_dropout=0.0,
             target_modules="all-linear",
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's
-            modules_to_save=head,
+            modules_to_save=heads,
         )
         adapter = get_peft_model(model, options)
         adapter.eval()
@@ -198,15 +240,26 @@ def _prepare(model: nn.Module, task: str, train_layers: int, lora_rank: int, lor
             )
         policy.frozen = len(stack) - train_layers
         model.requires_grad_(False)
-        for module in (*list(stack)[policy.frozen :], *tail_of(policy.base).values()):
+        decodes = task != "SEQ_CLS" or hasattr(model, "score")
+        for module in (*list(stack)[policy.frozen :], *_above(policy.base, decodes)):
             module.requires_grad_(True)
     return policy
+
+
+def _above(base: Any, decodes: bool) -> list[nn.Module]:
+    """What follows the layers: a decoder's final norm; an encoder's pooler, as what else is there may serve all layers
+    (DeBERTa's relative positions do)."""
+    if decodes:
+        return list(tail_of(base).values())
+    pooler = getattr(base, "pooler", None)
+    return [] if pooler is None else [pooler]
 
 
 def _finish(policy: Policy, name: str, precision: str) -> Policy:
     from transformers import AutoConfig
 
-    _probe(policy)
+    if not policy.own_head:
+        _probe(policy)
     # The type on disk decides: what is frozen may shrink in memory only if nothing is lost by it.
     policy.stored_dtype = AutoConfig.from_pretrained(name, trust_remote_code=False).dtype or torch.float32
     policy.autocasts = precision == "bfloat16"
@@ -224,11 +277,16 @@ def _probe(policy: Policy) -> None:
     spread = range(3, min(policy.config.get_text_config().vocab_size, 400), 7)
     ids = list(spread)[:8] if len(spread) >= 8 else [1] * 8
     batch = collate([ids[:3], ids[:3]], [ids[3:6], ids[6:8]], groups=[0, 0]).to(policy.device)
-    plain, _ = policy._run(batch, padded(batch, policy.width))
+    plain, _ = policy._run(batch, _plain(policy, batch))
     if policy.rearranges:
         policy.rearranges = _packs(policy, batch, plain)
     if policy.plain_head:
         policy.plain_head = _has_plain_head(policy, batch, plain)
+
+
+def _plain(policy: Policy, batch: Batch) -> Layout:
+    """The arrangement that is always right."""
+    return arrange(batch) if policy.encodes else padded(batch, policy.width)
 
 
 def _packs(policy: Policy, batch: Batch, plain: torch.Tensor) -> bool:
@@ -249,8 +307,9 @@ def _has_plain_head(policy: Policy, batch: Batch, plain: torch.Tensor) -> bool:
     logits = nn.functional.linear(plain, head.weight, head.bias) * scale
     logits = torch.tanh(logits / cap) * cap if cap else logits
     policy.plain_head = False
-    _, own = policy._run(batch, padded(batch, policy.width))
-    kept = batch.attention.flatten()
+    layout = _plain(policy, batch)
+    _, own = policy._run(batch, layout)
+    kept = layout.where[batch.attention]
     return own is not None and _close(logits[kept], own[kept])
 
 

@@ -82,6 +82,29 @@ def plackett_luce(scores: Tensor, ranks: Tensor, mask: Tensor) -> tuple[Tensor, 
     return masked_sum(partition - scores, mask), {"accuracy": accuracy}
 
 
+def best_of(scores: Tensor, best: Tensor, mask: Tensor) -> tuple[Tensor, Stats]:
+    """-log of the chance that one of the best is picked, of G groups of at most K: scores, best, mask (G, K). The unit
+    is a group.
+
+    best: True for what people chose; mask: True for what they chose from. An item is picked with a probability
+    proportional to exp(score): Ziegler et al. 2019 (arXiv:1909.08593), eq. 1, where one of K is the best. Several that
+    share first place count as one another's equals, and a group in which all do costs nothing.
+
+    Statistics: accuracy (the item with the highest score is among the best).
+    """
+    everything = torch.where(mask, scores, -torch.inf).logsumexp(1)
+    chosen = torch.where(mask & best, scores, -torch.inf).logsumexp(1)
+    some = (mask & best).any(1)
+    first = scores.detach().masked_fill(~mask, -torch.inf).argmax(1, keepdim=True)
+    accuracy = ((mask & best).gather(1, first).squeeze(1)).sum().to(scores.dtype)
+    return masked_sum(everything - chosen, some), {"accuracy": accuracy}
+
+
+def squared_error(scores: Tensor, targets: Tensor) -> tuple[Tensor, Stats]:
+    """(score - target)^2 of every text: scores, targets (B,). The unit is a text."""
+    return (scores - targets.to(scores.dtype)).square().sum(), {}
+
+
 def _log_preferred(lead: Tensor, noise: float) -> Tensor:
     if noise == 0:
         return logsigmoid(lead)
@@ -97,29 +120,125 @@ def _agreement(lead: Tensor, preferred: Tensor, share: Tensor) -> Stats:
 # -------------------------------------------------------------------------------------------------- policy gradients
 
 
-def clipped_surrogate(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, actions: Tensor, clip: float | tuple[float, float]
+def reinforce(
+    logprobs: Tensor, advantages: Tensor, actions: Tensor, share: Tensor | None = None
 ) -> tuple[Tensor, Stats]:
-    """-min(ratio * A, clip(ratio, 1 - low, 1 + high) * A) of every action, ratio = pi / pi_old. The unit is a token.
+    """-A log pi of every action. All tensors (B, T); nothing flows to advantages. The unit is a token, or `share`
+    (B, T) of one. Williams 1992, REINFORCE."""
+    gain = torch.where(actions, advantages.detach().to(logprobs.dtype), torch.zeros_like(logprobs))
+    return -_weighed(torch.where(actions, logprobs, torch.zeros_like(logprobs)) * gain, share), {}
+
+
+def clipped_surrogate(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    actions: Tensor,
+    clip: float | tuple[float, float],
+    *,
+    dual_clip: float = 0.0,
+    share: Tensor | None = None,
+    counted: Tensor | None = None,
+) -> tuple[Tensor, Stats]:
+    """-min(ratio * A, clip(ratio, 1 - low, 1 + high) * A) of every action, ratio = pi / pi_old. The unit is a token, or
+    `share` (B, T) of one.
 
     All tensors (B, T); clip is `low` and `high`, or one number for both. Nothing flows to old_logprobs or advantages.
-    Schulman et al. 2017 (arXiv:1707.06347), eq. 7.
+    Schulman et al. 2017 (arXiv:1707.06347), eq. 7. With `dual_clip` c > 1 an action of negative advantage loses at most
+    c * |A|: Ye et al. 2020 (arXiv:1912.09729), dual-clip PPO.
 
-    Statistics: ratio, clip_fraction (actions that the clip leaves without a gradient), approx_kl (k3 of
-    KL(pi_old || pi), see `advantages.kl_k3`).
+    Statistics, in which an action counts as `counted` (B, T) says, by default as its share: ratio, clip_fraction
+    (actions that the clip leaves without a gradient), approx_kl (k3 of KL(pi_old || pi), see `advantages.kl_k3`).
+    """
+    log_ratio, gain = _moved(logprobs, old_logprobs, advantages, actions)
+    ratio = log_ratio.exp()
+    return _clipped(ratio, gain, log_ratio, actions, clip, dual_clip, share, counted)
+
+
+def sequence_surrogate(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    actions: Tensor,
+    clip: float | tuple[float, float],
+    *,
+    mean: bool,
+) -> tuple[Tensor, Stats]:
+    """`clipped_surrogate` of whole sequences. The unit is a sequence; rows without actions are none.
+
+    logprobs, old_logprobs (B, T), advantages (B, T) equal within a row. The ratio of a sequence is the product of its
+    tokens' ratios, or with `mean` their geometric mean: Zheng et al. 2025 (arXiv:2507.18071), eq. 7.
+
+    Statistics: ratio and clip_fraction of sequences, approx_kl as the mean over a sequence's tokens.
+    """
+    log_ratio, gain = _moved(logprobs, old_logprobs, advantages, actions)
+    lengths = actions.sum(1).clamp(min=1)
+    whole = log_ratio.sum(1) / lengths if mean else log_ratio.sum(1)
+    loss, stats = _clipped(whole.exp(), gain.sum(1) / lengths, whole, actions.any(1), clip)
+    near = log_ratio.detach()
+    return loss, stats | {"approx_kl": ((torch.expm1(near) - near).sum(1) / lengths).sum()}
+
+
+def clipped_weight(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    actions: Tensor,
+    clip: float | tuple[float, float],
+) -> tuple[Tensor, Stats]:
+    """-clip(ratio, 1 - low, 1 + high) * A * log pi of every action, the clipped ratio being a mere weight: no action
+    loses its gradient. All tensors (B, T). The unit is a token. MiniMax 2025 (arXiv:2506.13585), eq. 4 and 5.
+
+    Statistics: ratio, clip_fraction (actions whose weight is clipped), approx_kl.
     """
     low, high = clip if isinstance(clip, tuple) else (clip, clip)
-    nothing = torch.zeros_like(logprobs)
-    log_ratio = torch.where(actions, logprobs - old_logprobs.detach(), nothing)
-    gain = torch.where(actions, advantages.detach().to(logprobs.dtype), nothing)
-    ratio = log_ratio.exp()
-    free, held = ratio * gain, ratio.clamp(1 - low, 1 + high) * gain
+    log_ratio, gain = _moved(logprobs, old_logprobs, advantages, actions)
+    ratio = log_ratio.detach().exp()
+    weight = ratio.clamp(1 - low, 1 + high)
+    chosen = torch.where(actions, logprobs, torch.zeros_like(logprobs))
     stats = {
-        "ratio": masked_sum(ratio.detach(), actions),
-        "clip_fraction": (held < free).sum().to(logprobs.dtype),
+        "ratio": masked_sum(ratio, actions),
+        "clip_fraction": ((weight != ratio) & actions).sum().to(logprobs.dtype),
         "approx_kl": (torch.expm1(log_ratio.detach()) - log_ratio.detach()).sum(),
     }
-    return -torch.minimum(free, held).sum(), stats
+    return -(weight * gain * chosen).sum(), stats
+
+
+def _moved(logprobs: Tensor, old: Tensor, advantages: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T) log ratios and advantages, both 0 outside actions."""
+    nothing = torch.zeros_like(logprobs)
+    log_ratio = torch.where(actions, logprobs - old.detach(), nothing)
+    return log_ratio, torch.where(actions, advantages.detach().to(logprobs.dtype), nothing)
+
+
+def _clipped(
+    ratio: Tensor,
+    gain: Tensor,
+    log_ratio: Tensor,
+    mask: Tensor,
+    clip: float | tuple[float, float],
+    dual_clip: float = 0.0,
+    share: Tensor | None = None,
+    counted: Tensor | None = None,
+) -> tuple[Tensor, Stats]:
+    """The clipped objective of anything that has a ratio: tokens or sequences."""
+    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    counted = share if counted is None else counted
+    free = ratio * gain
+    bound = torch.minimum(free, ratio.clamp(1 - low, 1 + high) * gain)
+    if dual_clip:
+        bound = torch.where(gain < 0, torch.maximum(bound, dual_clip * gain), bound)
+    near = log_ratio.detach()
+    stats = {
+        "ratio": _weighed(torch.where(mask, ratio.detach(), torch.zeros_like(near)), counted),
+        "clip_fraction": _weighed((bound != free).to(near.dtype), counted),
+        "approx_kl": _weighed(torch.expm1(near) - near, counted),
+    }
+    return -_weighed(bound, share), stats
+
+
+def _weighed(values: Tensor, share: Tensor | None) -> Tensor:
+    return (values if share is None else values * share).sum()
 
 
 def clipped_value(

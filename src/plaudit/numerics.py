@@ -116,6 +116,17 @@ def token_logprobs(
     return cast("tuple[Tensor, Tensor | None]", found)
 
 
+@torch.no_grad()
+def likeliest(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, chunk: int = 1024) -> Tensor:
+    """(N,) True where a target has the largest logit: hidden (N, d), weight (V, d), targets (N,), bias (V,) or None.
+    Neither temperature nor a positive scale or cap can change that."""
+    best = [
+        torch.nn.functional.linear(part, weight.to(part.dtype), None if bias is None else bias.to(part.dtype)).argmax(1)
+        for part in torch.split(hidden, chunk)
+    ]
+    return torch.cat(best) == targets if best else targets.bool()
+
+
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 

@@ -22,6 +22,16 @@ TITLES = {
     "sft": "Supervised fine-tuning",
     "reward": "Reward model",
     "ppo": "PPO",
+    "robust_dpo": "Robust DPO",
+    "ipo_avg": "IPO, averaged over tokens",
+    "apo_zero": "APO-zero",
+    "apo_down": "APO-down",
+    "discopop": "DiscoPOP",
+    "simpo": "SimPO",
+    "reinforce_pp": "REINFORCE++",
+    "dr_grpo": "Dr. GRPO",
+    "online_dpo": "Online DPO",
+    "best_of_n": "Best of n",
     "evaluate": "Evaluation",
 }
 
@@ -42,7 +52,7 @@ FACTS = {
     "distinct_2": "distinct-2",
     "completion_tokens": "tokens",
 }
-ACRONYMS = {"sft", "ppo", "dpo", "ipo", "kto", "cpo", "bco", "orpo", "grpo", "rloo", "vpg", "ilql"}
+ACRONYMS = "sft ppo dpo ipo kto cpo bco orpo exo nca sppo aot rrhf grpo rloo vpg ilql dapo gspo cispo"
 SHARES = re.compile(r"accuracy|_share$|^win_rate")
 COMPARED = {"win_rate", "win_rate_low", "win_rate_high", "p_value", "prompts"}  # said once, beside the table of models
 
@@ -189,7 +199,7 @@ def label(name: str) -> str:
 
 
 def model_name(name: str) -> str:
-    return name.upper() if name in ACRONYMS else name
+    return name.upper() if name in ACRONYMS.split() else name
 
 
 def plain(text: Any) -> str:
@@ -308,6 +318,9 @@ def _doubt(stage: Stage) -> str:
 
 
 def _agreed(stage: Stage) -> str:
+    if stage.has("preference_accuracy"):
+        share = percent(stage.facts["preference_accuracy"])
+        return f"The policy's own reward is right on {share} of held-out judgements."
     if not stage.has("accuracy"):
         return ""
     rater = percent(stage.facts["accuracy_one_rater"]) if stage.has("accuracy_one_rater") else ""

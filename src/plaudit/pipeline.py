@@ -12,7 +12,8 @@ from typing import Any
 from plaudit import checks, config, machine, sources
 from plaudit.errors import PlauditError
 from plaudit.run import Run, write_atomically
-from plaudit.settings import VERBS, Evaluate, Pull, Sample
+from plaudit.settings import SFT, VERBS, Evaluate, Pull, Sample
+from plaudit.settings.scratch import described
 
 _COST = ("seconds", "peak_memory_mb", "tokens_per_second")
 
@@ -21,7 +22,8 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, dict[st
     """(output folder, settings of each stage by name) of a pipeline file, checked before anything runs.
 
     A stage's name is its verb, unless it has a `verb` of its own. `{output}` in any text stands for the output
-    folder, and a reward function's file is looked for beside `path` where the current directory has none.
+    folder, and data and the files of reward functions are looked for beside `path` where the current directory has
+    none.
     `overrides` are `output=FOLDER` and `stage.field=value`, values written as in YAML. Raises PlauditError.
     """
     file = config.read_yaml(path)
@@ -39,7 +41,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, dict[st
             raise PlauditError(f"{where}: there is no verb {verb!r}{_instead(verb, VERBS)}")
         values.setdefault("output", f"{output}/{name}")
         filled = {key: _filled(value, output) for key, value in values.items()}
-        for key in filled.keys() & {"rewards", "judge"}:
+        for key in filled.keys() & {"rewards", "judge", "data", "eval_data"}:
             filled[key] = _beside(filled[key], Path(path).parent)
         built[name] = config.from_mapping(VERBS[verb], filled, where)
     return Path(output), built
@@ -84,11 +86,12 @@ def _filled(value: Any, output: str) -> Any:
 
 
 def _beside(spec: Any, folder: Path) -> Any:
-    """`file.py:name` as found from here or, failing that, from `folder`."""
+    """`file.py:name`, or a file of data, as found from here or, failing that, from `folder`."""
     if isinstance(spec, list):
         return [_beside(item, folder) for item in spec]
-    place = str(spec).rpartition(":")[0]
-    moved = not Path(place).exists() and place.endswith(".py") and (folder / place).exists()
+    place = str(spec).rpartition(":")[0] or str(spec)
+    known = place.endswith((".py", *checks.LINES, checks.TEXT, *checks.TABLES))
+    moved = known and not Path(place).exists() and (folder / place).exists()
     return str(folder / spec) if moved else spec
 
 
@@ -124,8 +127,11 @@ def _look_ahead(stages: Mapping[str, Any], output: Path) -> None:
         try:
             checks.check_data(given(stage, "data") + given(stage, "eval_data"))
             checks.check_rewards(given(stage, "rewards") + given(stage, "judge"))
-            for model in given(stage, "model") + given(stage, "policies"):
+            for model in given(stage, "policies"):
                 checks.check_model(model.partition("=")[2] or model)
+            for model in given(stage, "model"):
+                if not (isinstance(stage, SFT) and described(model)):
+                    checks.check_model(model)
         except PlauditError as error:
             raise PlauditError(f"stage {name!r}: {error}") from None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from plaudit import seq2seq
 from plaudit.backbone import (
     evaluating,
     layers_of,
     logit_transform,
     owner_of_layers,
     replaced,
+    score_head,
     store_linears,
     swapped,
     tail_of,
@@ -25,17 +27,23 @@ from plaudit.backbone import (
 )
 from plaudit.batch import Batch
 from plaudit.errors import PlauditError
+from plaudit.heads import ActionHeads
 from plaudit.layout import Layout, arrange, padded
-from plaudit.numerics import at_actions, before_actions, logprobs_of, token_logprobs
+from plaudit.numerics import at_actions, before_actions, likeliest, logprobs_of, token_logprobs
 
 
 class Output(NamedTuple):
-    """What `Policy.forward` was asked for: logprobs, entropy, values (B, T), zero outside actions; scores (B,)."""
+    """What `Policy.forward` was asked for: logprobs, entropy, values, target_q (B, T) and q, q_logprobs (B, T, 2), zero
+    outside actions; hits (B, T), True where an action is the likeliest token; scores (B,)."""
 
     logprobs: Tensor | None = None
     entropy: Tensor | None = None
     values: Tensor | None = None
     scores: Tensor | None = None
+    q: Tensor | None = None
+    q_logprobs: Tensor | None = None
+    target_q: Tensor | None = None
+    hits: Tensor | None = None
 
 
 class _Replay(nn.Module):
@@ -61,11 +69,14 @@ class _Reached(Exception):
 
 
 class Policy(nn.Module):
-    """A causal language model, or a sequence classifier as a reward model, and its heads.
+    """A language model, causal or encoder-decoder, or a sequence classifier as a reward model, and its heads.
 
     backbone      the Hugging Face model; with an adapter, the model inside it
     adapter       the peft model around it, or None
     value         Linear(d, 1) that reads the state before each action, or None
+    heads         what says how much each token is worth, or None
+    guidance      how much of Q - V is added to the log-probabilities, in sampling and in `forward` alike
+    own_head      whether scores come from a classifier's own head, which reads a whole row, as an encoder's does
     frozen        how many of the first layers never learn and can be run once for all (see `trunk`)
     temperature   divides the logits wherever a log-probability is taken: sampling, update, reference alike
     """
@@ -74,13 +85,17 @@ class Policy(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.value: nn.Linear | None = None
+        self.heads: ActionHeads | None = None
+        self.guidance = 0.0
         self.temperature = 1.0
+        self.own_head = False
         self.frozen = 0
         self.config = backbone.config
         self.width: int = self.config.get_text_config().hidden_size
         self.rearranges = takes_masks(backbone)
         self.window = window_of(self.config)
-        self.plain_head = self.base is not backbone
+        self.encodes = bool(self.config.is_encoder_decoder) and backbone.get_output_embeddings() is not None
+        self.plain_head = self.encodes or self.base is not backbone
         self.stored_dtype = torch.float32  # of the folder that the model came from
         self.autocasts = False  # whether it is going to run under bfloat16 autocast
         self._cast_head: Tensor | None = None
@@ -108,9 +123,19 @@ class Policy(nn.Module):
     # ------------------------------------------------------------------------------------------------- forward
 
     def forward(
-        self, batch: Batch, *, logprobs: bool = True, entropy: bool = False, values: bool = False, scores: bool = False
+        self,
+        batch: Batch,
+        *,
+        logprobs: bool = True,
+        entropy: bool = False,
+        values: bool = False,
+        scores: bool = False,
+        worth: bool = False,
+        hits: bool = False,
     ) -> Output:
-        """Runs the backbone once and returns what was asked for."""
+        """Runs the backbone once and returns what was asked for; `worth` is all that `heads` say of the actions."""
+        if self.own_head:
+            return Output(scores=self._classified(batch) - self._score_offset)
         layout = self.layout(batch)
         hidden, logits = self._replayed(batch, layout)
         result = Output()
@@ -118,19 +143,74 @@ class Policy(nn.Module):
         before = before_actions(layout.where, batch.actions)
         if logprobs:
             targets = batch.tokens[batch.actions]
-            if logits is None:
-                chosen, spread = self._head(hidden.index_select(0, before), targets, entropy)
+            states = hidden.index_select(0, before)
+            if logits is None and self.guide is None:
+                chosen, spread = self._head(states, targets, entropy)
             else:
-                chosen, spread = logprobs_of(logits.index_select(0, before), targets, self.temperature, entropy)
+                full = self._logits(states) if logits is None else logits.index_select(0, before)
+                full = full if self.guide is None else full + self.guide(states)
+                chosen, spread = logprobs_of(full, targets, self.temperature, entropy)
             result = result._replace(logprobs=at_actions(chosen, batch.actions))
             if spread is not None:
                 result = result._replace(entropy=at_actions(spread, batch.actions))
+        if hits:
+            targets = batch.tokens[batch.actions]
+            if logits is None:
+                head = self.backbone.get_output_embeddings()
+                found = likeliest(hidden.index_select(0, before), head.weight, targets, head.bias)
+            else:
+                found = logits.index_select(0, before).argmax(1) == targets
+            result = result._replace(hits=at_actions(found, batch.actions))
         if values and self.value is not None:
             result = result._replace(values=at_actions(_scalar(self.value, hidden[before]), batch.actions))
+        if worth and self.heads is not None:
+            judged = self.heads(hidden.index_select(0, before), batch.tokens[batch.actions])
+            result = result._replace(**{name: _spread(each, batch.actions) for name, each in judged._asdict().items()})
         if scores:
             last = layout.where.gather(1, self._scored(batch)[:, None]).squeeze(1)
-            result = result._replace(scores=_scalar(self.backbone.score, hidden[last]))
+            result = result._replace(scores=_scalar(self.backbone.score, hidden[last]) - self._score_offset)
         return result
+
+    def _classified(self, batch: Batch) -> Tensor:
+        """(B,) what the model's own head makes of whole rows, from which padding is hidden."""
+        padding = self.config.get_text_config().pad_token_id or 0
+        tokens = batch.tokens.masked_fill(~batch.attention, padding)
+        head, caught = score_head(self.backbone), list[Tensor]()
+        with head.register_forward_pre_hook(lambda module, states: caught.append(states[0])):
+            self.backbone(input_ids=tokens, attention_mask=batch.attention.long())
+        return _scalar(head, caught[0])
+
+    @property
+    def _score_offset(self) -> float:
+        return getattr(self.config, "score_offset", 0.0)
+
+    @torch.no_grad()
+    def normalise_scores(self, mean: float, deviation: float) -> None:
+        """From now on a score s is (s - mean) / deviation. The head takes this up, but for a mean where it has no bias,
+        as decoders' heads have none: that goes into the config as `score_offset`, which Hugging Face's classifiers
+        keep and do not apply."""
+        head, shift = score_head(self.backbone), mean + self._score_offset
+        head.weight /= deviation
+        if head.bias is not None:
+            head.bias.sub_(shift).div_(deviation)
+            shift = 0.0
+        if shift or self._score_offset:
+            self.config.score_offset = shift / deviation
+
+    @property
+    def guide(self) -> Callable[[Tensor], Tensor] | None:
+        """(N, d) states -> (N, V) what is added to their logits, if anything: pi exp(guidance (Q - V)) is decoded
+        then (Snell et al. 2022, arXiv:2206.11871, section 4.3)."""
+        heads, guidance = self.heads, self.guidance
+        return (lambda states: guidance * heads.advantages(states)) if heads is not None and guidance else None
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """(N, d) -> (N, V) all logits."""
+        head = self.backbone.get_output_embeddings()
+        scale, cap = logit_transform(self.config)
+        raw = functional.linear(states, head.weight, head.bias)
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32)) * scale
+        return torch.tanh(raw / cap) * cap if cap else raw
 
     def _scored(self, batch: Batch) -> Tensor:
         """(B,) the column whose score counts: the last that is no padding token, as Hugging Face's classifiers read
@@ -141,6 +221,8 @@ class Policy(nn.Module):
 
     def layout(self, batch: Batch) -> Layout:
         """The cheapest exact arrangement that this backbone can take."""
+        if self.encodes:
+            return seq2seq.arrange(batch)
         if not self.rearranges or batch.tokens.shape[1] > self.window:
             return padded(batch, self.width)
         return arrange(batch, self.width)
@@ -169,6 +251,8 @@ class Policy(nn.Module):
             return self._run(batch, layout)
 
     def _run(self, batch: Batch, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        if self.encodes:
+            return seq2seq.run(self.backbone, batch, layout, self.plain_head)
         mask = layout.mask
         if mask is not None and self.config._attn_implementation == "eager":
             mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
@@ -238,6 +322,13 @@ class Policy(nn.Module):
         tail = replaced(owner_of_layers(self.base), dict(kept["tail"].items()))
         with evaluating(self.backbone), swapped(layers_of(self.base), layers), tail:
             yield
+
+
+def _spread(found: Tensor, actions: Tensor) -> Tensor:
+    """(N,) or (N, K) of each action -> (B, T) or (B, T, K), zero elsewhere."""
+    if found.dim() == 1:
+        return at_actions(found, actions)
+    return torch.stack([at_actions(column, actions) for column in found.unbind(1)], 2)
 
 
 def _scalar(head: nn.Linear, states: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import statistics
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from plaudit import checks, config, data, machine, sources
 from plaudit.errors import PlauditError
 from plaudit.families import family_of
-from plaudit.records import Loaded
+from plaudit.records import Demonstration, Loaded
 from plaudit.run import Run
-from plaudit.settings import Reward
+from plaudit.settings import SFT, Reward
 from plaudit.settings.common import Common, Training
 from plaudit.settings.policy_gradient import OnPolicy
+from plaudit.settings.scratch import Scratch, described
 
 if TYPE_CHECKING:
     from plaudit.templates import Template
@@ -34,6 +36,8 @@ def train(settings: Training) -> Run:
     for what the user can put right, and `trainer.Interrupted` after SIGINT or SIGTERM.
     """
     settings, loaded = prepare(settings)
+    if isinstance(settings, Reward) and settings.members > 1:
+        return _train_members(settings)
     rank, size = machine.processes()
     # The first of several processes writes the folder; the others read there, and hear from it what is done.
     with opened(settings, FREE) if rank == 0 else Run(Path(settings.output), -1) as run:
@@ -46,6 +50,29 @@ def train(settings: Training) -> Run:
         return run
 
 
+def _train_members(settings: Reward) -> Run:
+    """Trains an ensemble: one reward model after the other, each a run of its own in the folder of the whole."""
+    rank, _ = machine.processes()
+    with opened(settings, FREE) if rank == 0 else Run(Path(settings.output), -1) as whole:
+        if whole.finished:
+            if rank == 0:
+                _say(f"{whole.folder}: already complete.")
+            return whole
+        own: dict[str, Any] = {"members": 1, "bootstrap": True, "normalise_scale": True}
+        summaries = []
+        for number in range(settings.members):
+            place: dict[str, Any] = {"output": str(whole.folder / f"member-{number}"), "seed": settings.seed + number}
+            summaries.append(train(dataclasses.replace(settings, **own, **place)).summary)
+            machine.release()
+        columns = {name: [summary.get(name) for summary in summaries] for name in summaries[0]}
+        means = {name: statistics.fmean(v) for name, v in columns.items() if all(isinstance(x, float) for x in v)}
+        totals = {name: sum(columns[name]) for name in ("steps", "seconds")}
+        peak = max(columns["peak_memory_mb"])
+        if rank == 0:
+            whole.finish({"verb": "reward", "members": len(summaries), **means, **totals, "peak_memory_mb": peak})
+        return whole
+
+
 def _fit(settings: Training, loaded: Data, run: Run, world: World | None) -> None:
     from plaudit import hooks
     from plaudit.loading import save_pretrained
@@ -54,6 +81,7 @@ def _fit(settings: Training, loaded: Data, run: Run, world: World | None) -> Non
     machine.forget_peak()
     started = time.perf_counter()
     world = world or start_world(settings)
+    settings = begun(settings, loaded, run.folder, world)
     template = template_of(settings)
     loaded = encode(settings, template, loaded)
     family = family_of(settings)
@@ -63,6 +91,7 @@ def _fit(settings: Training, loaded: Data, run: Run, world: World | None) -> Non
     trainer.messages += loaded.notes
 
     def finish() -> None:
+        algorithm.finish()
         if world.is_main:
             save_pretrained(algorithm.policy, template.tokenizer, run.final)
             run.finish(
@@ -112,28 +141,74 @@ def prepare(settings: Training) -> tuple[Training, Data]:
     settings = config.check(settings)
     checks.check_data(settings.data)
     checks.check_data(settings.eval_data)
-    checks.check_model(settings.model)
+    if shape := described_by(settings):
+        settings = _within_context(settings, shape)
+    else:
+        checks.check_model(settings.model)
     checks.check_processes(settings.batch_size, machine.processes()[1])
     if isinstance(settings, OnPolicy):
         checks.check_rewards(listed(settings.rewards))
         checks.check_rollout(settings.rollout, settings.batch_size, settings.group)
+        checks.check_learning_from_samples(settings)
     loaded = load_records(settings)
+    if isinstance(settings, Reward):
+        checks.check_data(settings.normalise_on)
+        kind = type(loaded.training[0]).__name__.lower()
+        checks.check_reward(settings, kind, [getattr(record, "ratings", ()) for record in loaded.training])
     return dataclasses.replace(settings, model=sources.resolve(settings.model, _say)), loaded
 
 
 def load_records(settings: Training) -> Data:
     """What a run trains on and holds out, read before any model is. Raises PlauditError."""
-    kind = family_of(settings).record(settings)
+    family = family_of(settings)
+    kind = family.record(settings)
     loaded = data.load(settings.data, kind, settings.split)
-    notes = left_out(loaded)
+    records, more = family.convert(settings, loaded.records)
+    notes = left_out(loaded) + more
     if settings.eval_data is not None:
         other = data.load(settings.eval_data, kind, settings.split)
-        training, held, notes = loaded.records, other.records, notes + left_out(other)
+        held, more = family.convert(settings, other.records)
+        training, notes = records, notes + left_out(other) + more
     else:
-        training, held = data.hold_out(loaded.records, settings.holdout, lambda record: record.prompt)
+        training, held = _held_out(records, settings.holdout)
     if not training:
         raise PlauditError(f"data: nothing is left to train on with holdout {settings.holdout}: lower it.")
     return Data(training, held[: settings.eval_limit], notes)
+
+
+def _held_out(records: list[Any], share: float) -> tuple[list[Any], list[Any]]:
+    """(training, held out). What has no prompt is known by what was said; of a single text, the end is held out."""
+    first = records[0]
+    plain = isinstance(first, Demonstration) and first.prompt == "" and isinstance(first.completion, str)
+    if plain and len(records) == 1:
+        return data.hold_out_end(first, share)
+    return data.hold_out(records, share, lambda record: record.prompt or getattr(record, "completion", ""))
+
+
+def described_by(settings: Training) -> Scratch | None:
+    """The model that the settings describe, if it is one to begin from scratch. Raises PlauditError."""
+    return described(settings.model) if isinstance(settings, SFT) else None
+
+
+def _within_context(settings: Any, shape: Scratch) -> Any:
+    """The settings with no more tokens in a row than the model is going to read."""
+    if settings.overlap >= shape.context:
+        raise PlauditError(f"overlap ({settings.overlap}) must be less than the model's context ({shape.context}).")
+    return dataclasses.replace(settings, max_tokens=min(settings.max_tokens, shape.context))
+
+
+def begun(settings: Training, loaded: Data, folder: Path, world: World | None = None) -> Training:
+    """The settings of a run in `folder`, whose model is one that exists: made there, if it was only described."""
+    shape = described_by(settings)
+    if shape is None:
+        return settings
+    if world is None or world.is_main:
+        from plaudit import scratch
+
+        scratch.make(shape, loaded.training, settings.seed, folder)
+    if world is not None:
+        world.barrier()
+    return dataclasses.replace(settings, model=str(folder / "initial"))
 
 
 def left_out(loaded: Loaded[Any]) -> list[str]:
@@ -172,13 +247,13 @@ def start_world(settings: Common) -> World:
 
 def template_of(settings: Training) -> Template:
     """How this run writes its texts."""
-    from plaudit.loading import end_every_text, load_tokenizer
+    from plaudit.loading import encodes, end_every_text, load_tokenizer
     from plaudit.templates import Template
 
     tokenizer = load_tokenizer(settings.model)
     if isinstance(settings, Reward):
         end_every_text(tokenizer)
-    return Template(tokenizer)
+    return Template(tokenizer, encodes(settings.model))
 
 
 def encode(settings: Training, template: Template, loaded: Data) -> Data:
@@ -186,6 +261,7 @@ def encode(settings: Training, template: Template, loaded: Data) -> Data:
     leaves nothing to train on."""
     family = family_of(settings)
     limit = getattr(settings, family.limit)
-    training, notes = data.within(family.encode(loaded.training, template), len, limit, family.unit)
-    held, more = data.within(family.encode(loaded.held, template), len, limit, f"held-out {family.unit}", needed=False)
+    training, held = (family.cut(settings, family.encode(part, template)) for part in (loaded.training, loaded.held))
+    training, notes = data.within(training, len, limit, family.unit)
+    held, more = data.within(held[: settings.eval_limit], len, limit, f"held-out {family.unit}", needed=False)
     return Data(training, held, loaded.notes + notes + more)

@@ -69,7 +69,10 @@ class Ranking:
 
 @dataclass(frozen=True, slots=True)
 class Rating:
-    """One answer and what each rater gave it; a thumb is 1.0 (up) or 0.0 (down)."""
+    """One answer and what each rater gave it; a thumb is 1.0 (up) or 0.0 (down).
+
+    Where only the columns' `token_rewards` say what it earned, their sum is the rating.
+    """
 
     prompt: Text
     completion: Text
@@ -105,7 +108,7 @@ _NEEDS: dict[type, str] = {
     Demonstration: "`prompt` and `completion` (or `messages`, `text`, or `prompt` and `chosen`)",
     Comparison: "`chosen` and `rejected`",
     Ranking: "`completions` and `ranking`",
-    Rating: "`completion` and one of `ratings`, `rating`, `score` and `label`",
+    Rating: "`completion` and one of `ratings`, `rating`, `score`, `label` and `token_rewards`",
 }
 
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -134,7 +137,7 @@ def _seems(row: Row) -> type | None:
         return Comparison
     if row.has("completions", "ranking"):
         return Ranking
-    if answer and row.first("ratings", "rating", "score", "label"):
+    if answer and row.first("ratings", "rating", "score", "label", "token_rewards"):
         return Rating
     if answer or row.has("messages"):
         return Demonstration
@@ -313,14 +316,13 @@ def ranks_of(order: str, where: str = "order") -> tuple[int, ...]:
 
 def _read_rating(row: Row) -> Rating:
     answer, name = row.first("completion", "text"), row.first("ratings", "rating", "score", "label")
-    if answer is None or name is None:
+    earned = row.numbers("token_rewards", "token") if row.has("token_rewards") else None
+    if answer is None or (name is None and earned is None):
         raise _missing(row, Rating)
-    value = row.take(name)
+    value = row.take(name) if name else math.fsum(earned or ())
     if name == "label" and value not in (0, 1):
         raise row.error(name, f"must be true or false, not {value!r:.60}")
-    if name == "ratings" and not isinstance(value, list):
-        raise row.error(name, f"must be a list of numbers, one per rater, not {value!r:.60}")
-    ratings = tuple(row.number(name, one) for one in (value if name == "ratings" else [value]))
+    ratings = row.numbers(name, "rater") if name == "ratings" else (row.number(name or "token_rewards", value),)
     if not ratings:
         raise _LeaveOut("nobody rated it")
     prompt, completion = _aligned(row.prompt(), row.text(answer))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from plaudit.advantages import RunningMoments
+from plaudit.backbone import limit_of
 from plaudit.batch import collate
-from plaudit.checks import check_model
+from plaudit.checks import ENSEMBLE_RULE, check_model, members_of
 from plaudit.errors import PlauditError
 from plaudit.loading import load_reward_model, load_tokenizer
 from plaudit.policy import Policy
@@ -65,14 +67,44 @@ class ModelReward:
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
         texts = [self.template.text(p, c) for p, c in zip(prompts, completions, strict=True)]
-        limit = min(getattr(self.policy.config.get_text_config(), "max_position_embeddings", 2**31), 2**31)
-        rows = self.template.tokenizer(texts, truncation=True, max_length=limit).input_ids
+        rows = self.template.tokenizer(texts, truncation=True, max_length=limit_of(self.policy.backbone)).input_ids
         scores = torch.zeros(len(rows))
         batch = collate(rows, [[]] * len(rows))
         for part, places in batch.parts(self.tokens):
             output = self.policy(part.to(self.policy.device), logprobs=False, scores=True)
             scores[places] = output.scores.float().cpu()
         return [float(score) for score in scores]
+
+
+class EnsembleReward:
+    """Several reward models as one: their mean, the least of their scores, or the mean less some standard deviations
+    over them, which rewards only what all of them like (compare Coste et al. 2023, arXiv:2310.02743, who take off the
+    variance)."""
+
+    def __init__(self, members: Sequence[ModelReward], rule: str) -> None:
+        self.members, self.rule = members, rule
+        found = re.fullmatch(ENSEMBLE_RULE, rule)
+        if found is None:
+            raise PlauditError(f"ensemble: there is no rule {rule!r}: choose mean, minimum, or mean-1std.")
+        self.deviations = float(found[1] or 0)
+
+    def each(self, prompts: Sequence[Text], completions: Sequence[Text]) -> Tensor:
+        """(members, n) their scores."""
+        return torch.tensor([member(prompts, completions) for member in self.members])
+
+    def disagreement(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[float]:
+        """The variance of the members' scores of each completion: where it is high, people's judgement teaches most
+        (Christiano et al. 2017, arXiv:1706.03741, section 2.2.4)."""
+        variances: list[float] = self.each(prompts, completions).var(0, correction=0).tolist()
+        return variances
+
+    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
+        scores = self.each(prompts, completions)
+        if self.rule == "minimum":
+            combined = scores.amin(0)
+        else:
+            combined = scores.mean(0) - self.deviations * scores.std(0, correction=0)
+        return [float(score) for score in combined]
 
 
 class LabelReward:
@@ -119,41 +151,89 @@ def _said(prompt: Text, completion: Text) -> str:
 
 
 class Rewards:
-    """The weighted sum of several sources, checked, clipped, and normalised by running moments where asked."""
+    """The weighted sum of several sources, checked, normalised by running moments where asked, and clipped."""
 
     def __init__(
-        self, sources: Mapping[str, Source], weights: Sequence[float] = (), clip: float = 0.0, normalise: bool = False
+        self,
+        sources: Mapping[str, Source],
+        weights: Sequence[float] = (),
+        clip: float = 0.0,
+        normalise: bool = False,
+        scale: bool = False,
     ) -> None:
         if weights and len(weights) != len(sources):
             raise PlauditError(f"reward_weights: {len(weights)} weights for {len(sources)} rewards.")
         self.sources, self.weights = dict(sources), list(weights) or [1.0] * len(sources)
-        self.clip, self.normalise = clip, normalise
+        self.clip, self.normalise, self.scale = clip, normalise, scale
         self.moments = RunningMoments()
 
     def __call__(
-        self, prompts: Sequence[Text], completions: Sequence[Text], columns: Mapping[str, list[Any]]
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        columns: Mapping[str, list[Any]],
+        index: Sequence[int] | None = None,
     ) -> Tensor:
-        """(n,) float32. Raises PlauditError for a source that fails or returns what is not n finite numbers."""
-        total = torch.zeros(len(prompts))
-        for (name, source), weight in zip(self.sources.items(), self.weights, strict=True):
+        """(n,) float32: `total` of `each`, which see."""
+        return self.total(self.each(prompts, completions, columns, index), index)
+
+    def each(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        columns: Mapping[str, list[Any]],
+        index: Sequence[int] | None = None,
+    ) -> Tensor:
+        """(sources, n) float32, unweighted, NaN where a source does not apply. `index` numbers the prompts in messages.
+
+        Raises PlauditError for a source that fails or returns what is not n numbers.
+        """
+        rows = []
+        for name, source in self.sources.items():
             try:
                 values = source(prompts=list(prompts), completions=list(completions), **columns)
             except PlauditError:
                 raise
             except Exception as error:
-                raise PlauditError(f"reward {name!r} failed: {_told(error)}") from error
-            total += weight * torch.tensor(_checked(name, values, len(prompts)))
-        return total
+                first = f", in a call whose first prompt is number {_number(index, 0)}" if prompts else ""
+                raise PlauditError(f"reward {name!r} failed: {_told(error)}{first}.") from error
+            rows.append(_checked(name, values, len(prompts)))
+        return torch.tensor(rows).view(len(rows), len(prompts))
+
+    def total(self, each: Tensor, index: Sequence[int] | None = None) -> Tensor:
+        """(sources, n) -> (n,) the weighted sums of what applies. Raises PlauditError where nothing does."""
+        without = each.isnan().all(0).nonzero()
+        if len(self.sources) and len(without):
+            who = " and ".join(f"reward {name!r}" for name in self.sources)
+            raise PlauditError(
+                f"{who} returned NaN or None for a completion of prompt {_number(index, int(without[0]))}: that says "
+                "that it does not apply, but at least one reward must."
+            )
+        return (torch.tensor(self.weights)[:, None] * each.nan_to_num(0.0)).sum(0)
+
+    def short_names(self) -> list[str]:
+        """What the sources are called in the metrics: without folders, unless two would then be called the same."""
+        names = list(self.sources)
+        short = [
+            name if name.startswith("count:") else name.partition("@")[0] if "@" in name else name.rpartition("/")[2]
+            for name in names
+        ]
+        return [long if short.count(brief) > 1 else brief for long, brief in zip(names, short, strict=True)]
 
     def shaped(self, raw: Tensor, everywhere: Tensor) -> Tensor:
         """Raw rewards as the algorithm learns from them; those of all processes move the running moments."""
-        if self.normalise:
+        if self.normalise or self.scale:
             self.moments = self.moments.updated(everywhere)
-            raw = (raw - self.moments.mean) / max(self.moments.std, 1e-8)
+            raw = (raw - (self.moments.mean if self.normalise else 0.0)) / max(self.moments.std, 1e-8)
         return raw.clamp(-self.clip, self.clip) if self.clip else raw
 
 
+def _number(index: Sequence[int] | None, place: int) -> int:
+    return place if index is None else index[place]
+
+
 def _checked(name: str, values: Any, count: int) -> list[float]:
+    """One number for each completion; NaN where the source does not apply."""
     values = values.tolist() if isinstance(values, Tensor) else values
     if not isinstance(values, Iterable) or isinstance(values, str | Mapping):
         raise PlauditError(f"reward {name!r} returned {values!r:.60}: it must be one number for each completion.")
@@ -161,14 +241,17 @@ def _checked(name: str, values: Any, count: int) -> list[float]:
     if len(values) != count:
         raise PlauditError(f"reward {name!r} returned {len(values)} values for {count} completions.")
     for i, value in enumerate(values):
-        if not _is_finite(value):
-            raise PlauditError(f"reward {name!r} returned {value!r} for completion {i}: it must be a finite number.")
-    return [float(value) for value in values]
+        if not (value is None or _is_number(value)):
+            raise PlauditError(
+                f"reward {name!r} returned {value!r} for completion {i}: it must be a finite number, or NaN or None "
+                "where it does not apply."
+            )
+    return [math.nan if value is None else float(value) for value in values]
 
 
-def _is_finite(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     try:
-        return math.isfinite(value)
+        return not math.isinf(value)
     except (TypeError, ValueError, RuntimeError):  # of what is no number, or several
         return False
 
@@ -185,6 +268,7 @@ def load_rewards(
     weights: Sequence[float] = (),
     clip: float = 0.0,
     normalise: bool = False,
+    scale: bool = False,
     precision: str = "float32",
     device: torch.device | None = None,
     tokens_per_pass: int = 4096,
@@ -201,10 +285,18 @@ def load_rewards(
         elif kind == "label":
             label, _, model = rest.partition("@")
             sources[spec] = LabelReward(model, label, device)
+        elif kind == "ensemble":
+            rule, _, folder = rest.partition("@")
+            members = [_load_model(name, precision, device, tokens_per_pass) for name in members_of(folder)]
+            sources[spec] = EnsembleReward(members, rule)
         elif ":" in spec:
             sources[spec] = load_function(spec)
         else:
-            tokenizer = load_tokenizer(spec)
-            policy = load_reward_model(spec, tokenizer, precision=precision, learns=False).to(device)
-            sources[spec] = ModelReward(policy, tokenizer, tokens_per_pass)
-    return Rewards(sources, weights, clip, normalise)
+            sources[spec] = _load_model(spec, precision, device, tokens_per_pass)
+    return Rewards(sources, weights, clip, normalise, scale)
+
+
+def _load_model(name: str, precision: str, device: torch.device, tokens_per_pass: int) -> ModelReward:
+    tokenizer = load_tokenizer(name)
+    policy = load_reward_model(name, tokenizer, precision=precision, learns=False).to(device)
+    return ModelReward(policy, tokenizer, tokens_per_pass)

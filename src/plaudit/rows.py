@@ -131,6 +131,13 @@ class Row:
             raise self.error(name, f"must be a number, not {value!r:.60}")
         return float(value)
 
+    def numbers(self, name: str, each: str) -> tuple[float, ...]:
+        """The list of numbers in a column, which stays untaken: one per `each`."""
+        value = self.values[name]
+        if not isinstance(value, list):
+            raise self.error(name, f"must be a list of numbers, one per {each}, not {value!r:.60}")
+        return tuple(self.number(name, one) for one in value)
+
     def columns(self) -> dict[str, Any]:
         """The columns that nobody took."""
         return {name: value for name, value in self.values.items() if name not in self._used}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from plaudit.decoding import Shadow, SlabLayer, draw, keep_likely, slab_cache
 from plaudit.errors import PlauditError
+from plaudit.seq2seq import Decoder
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class Sampler(Protocol):
 
 
 class LocalSampler:
-    """Samples from a Hugging Face causal language model in this process, on the device where it is.
+    """Samples from a Hugging Face language model, causal or encoder-decoder, in this process, on the device where it
+    is.
 
     Every distinct prompt is computed once for all of its completions; rows that have ended leave the batch.
     The model itself is never touched: a `Shadow` of it, in evaluation mode, does the work. Call `refresh`
@@ -96,6 +98,7 @@ class LocalSampler:
     model    the language model; adapters should be merged, which is faster
     decode   token ids -> text, needed for stop strings
     dtype    what the shadow computes in (None: what the parameters are in)
+    guide    last hidden states (n, d) -> (n, V), added to their logits before anything else is done with them
     rows     how many rows are decoded at once at most; the others wait
     compact  rows leave the batch when the share that still runs falls below this
     """
@@ -106,12 +109,14 @@ class LocalSampler:
         decode: Callable[[list[int]], str] | None = None,
         *,
         dtype: torch.dtype | None = None,
+        guide: Callable[[Tensor], Tensor] | None = None,
         rows: int = 256,
         compact: float = 0.75,
     ) -> None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._shadow = Shadow(base, dtype)
         self._decode = decode
+        self._guide = guide
         self._rows = rows
         self._compact = compact
 
@@ -150,11 +155,14 @@ class LocalSampler:
     def _check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         if sampling.stop_strings and self._decode is None:
             raise PlauditError("stop_strings need text to search: give the sampler `decode`, or use stop_ids")
-        limit = getattr(self._shadow.module.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        config = self._shadow.module.config
+        limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
         for i, prompt in enumerate(prompts):
             if len(prompt) == 0:
                 raise PlauditError(f"prompt {i} has no tokens, nothing to condition on: begin it with the BOS token")
-            if limit and len(prompt) + sampling.max_new_tokens - 1 > limit:
+            # An encoder and its decoder each have the whole context to themselves.
+            apart = config.is_encoder_decoder and max(len(prompt), sampling.max_new_tokens)
+            if limit and (apart or len(prompt) + sampling.max_new_tokens - 1) > limit:
                 raise PlauditError(
                     f"prompt {i} has {len(prompt)} tokens and max_new_tokens is {sampling.max_new_tokens}, but the "
                     f"model's context is {limit}: shorten the prompt or lower max_new_tokens"
@@ -165,7 +173,9 @@ class LocalSampler:
     ) -> list[tuple[list[int], list[float], bool]]:
         """Complete these prompts, all at once, with the uniforms (rows, max_new_tokens)."""
         size, limit = len(prompts), sampling.max_new_tokens
-        decoder = _Decoder(self._shadow.module, limit)
+        model = self._shadow.module
+        encodes = model.config.is_encoder_decoder
+        decoder = Decoder(model, self._guide) if encodes else _Decoder(model, limit, self._guide)
         logits = decoder.prefill(prompts)
         device = logits.device
         uniforms = uniforms.to(device)
@@ -217,9 +227,10 @@ class LocalSampler:
 class _Decoder:
     """The model, its cache and its masks for one batch of rows of which each is one token longer at every step."""
 
-    def __init__(self, model: Any, room: int) -> None:
+    def __init__(self, model: Any, room: int, guide: Callable[[Tensor], Tensor] | None = None) -> None:
         self.model = model
         self.room = room
+        self.guide = guide
         self.cache = slab_cache(model.config)
         accepted = inspect.signature(model.forward).parameters
         if "past_key_values" not in accepted:
@@ -227,6 +238,8 @@ class _Decoder:
         self.options: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
         if "logits_to_keep" in accepted:
             self.options["logits_to_keep"] = 1
+        if guide is not None:
+            self.options["output_hidden_states"] = True
         self.positioned = "position_ids" in accepted
         # A mask that is ready for the attention kernel spares transformers making one at every step. Windows,
         # linear biases and other kernels need the plain one.
@@ -279,7 +292,9 @@ class _Decoder:
 
     def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         placed = {"position_ids": positions} if self.positioned else {}
-        return self.model(input_ids=tokens, attention_mask=mask, **placed, **self.options).logits[:, -1]
+        output = self.model(input_ids=tokens, attention_mask=mask, **placed, **self.options)
+        logits: Tensor = output.logits[:, -1]
+        return logits if self.guide is None else logits + self.guide(output.hidden_states[-1][:, -1])
 
 
 def _choose(logits: Tensor, sampling: Sampling, held_back: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ this takes to run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +24,13 @@ CELLS = 4_000_000  # of a temporary array, so that memory stays bounded however 
 class Interval(NamedTuple):
     low: float
     high: float
+
+
+class Correlations(NamedTuple):
+    """Pearson's of the values, Spearman's of their ranks."""
+
+    pearson: float
+    spearman: float
 
 
 class PairAccuracy(NamedTuple):
@@ -174,6 +182,22 @@ def pairwise_accuracy(scores: ArrayLike, targets: ArrayLike, minimum_gap: float 
     return PairAccuracy(right / pairs if pairs else float("nan"), pairs)
 
 
+def correlations(scores: ArrayLike, targets: ArrayLike) -> Correlations | None:
+    """How well `scores` (n,) follow `targets` (n,); None where either is constant, which follows nothing.
+
+    Raises ValueError if the lengths differ.
+    """
+    from scipy.stats import rankdata
+
+    score, target = np.asarray(scores, dtype=np.float64), np.asarray(targets, dtype=np.float64)
+    if score.shape != target.shape or score.ndim != 1:
+        raise ValueError(f"each score needs its target, not shapes {score.shape} and {target.shape}")
+    if len(score) < 2 or np.ptp(score) == 0 or np.ptp(target) == 0:
+        return None
+    ranks = rankdata(score), rankdata(target)
+    return Correlations(float(np.corrcoef(score, target)[0, 1]), float(np.corrcoef(*ranks)[0, 1]))
+
+
 def one_rater_accuracy(ratings: Sequence[Sequence[float]] | ArrayLike, minimum_gap: float = 0.0) -> PairAccuracy:
     """How well one rater orders pairs as the mean of the others does: the human mark for `pairwise_accuracy`.
 
@@ -216,6 +240,36 @@ def pair_probabilities(scores: ArrayLike, ratings: Sequence[Sequence[float]] | A
     predicted = 0.5 * (1 + np.tanh(0.5 * (score[first] - score[second])))
     # Rounding may leave a share an ulp outside [0, 1].
     return predicted, np.clip((equal @ below.T)[first, second], 0.0, 1.0)
+
+
+def best_of_n(rewards: ArrayLike, n: int) -> float:
+    """The unbiased estimate, from the rewards (N,) of N >= n completions of a prompt, of the best reward of n.
+
+    It is the mean over all subsets of n of their largest: sum over i of C(i - 1, n - 1) / C(N, n) times the i-th
+    smallest reward (Nakano et al. 2021, arXiv:2112.09332). Raises ValueError unless 1 <= n <= N.
+    """
+    ordered = np.sort(np.asarray(rewards, dtype=np.float64))
+    count = len(ordered)
+    if not 1 <= n <= count:
+        raise ValueError(f"the best of {n} cannot be estimated from {count} rewards")
+    whole = math.comb(count, n)
+    return math.fsum(math.comb(i, n - 1) / whole * ordered[i] for i in range(n - 1, count))
+
+
+def pass_at_k(successes: int, trials: int, k: int) -> float:
+    """The unbiased estimate of the chance that one of k completions succeeds, of which `successes` in `trials` did:
+    1 - C(trials - successes, k) / C(trials, k) (Chen et al. 2021, arXiv:2107.03374, eq. 1).
+
+    Raises ValueError unless 0 <= successes <= trials and 1 <= k <= trials.
+    """
+    if not (0 <= successes <= trials and 1 <= k <= trials):
+        raise ValueError(f"pass@{k} cannot be estimated from {successes} of {trials}")
+    return 1 - math.comb(trials - successes, k) / math.comb(trials, k)
+
+
+def best_of_n_divergence(n: int) -> float:
+    """log n - (n - 1) / n: what KL(best of n || policy) is at most, in nats (Beirami et al. 2024, arXiv:2401.01879)."""
+    return math.log(n) - (n - 1) / n
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:

@@ -13,14 +13,36 @@ from plaudit.records import Text
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a prompt and of what follows it, with one flag for each token that follows: is it an action?"""
+    """Token ids of a prompt and of what follows it, with one flag for each token that follows: is it an action?
+
+    whole: a text without a prompt, which may be cut into windows.
+    """
 
     prompt: list[int]
     completion: list[int]
     actions: list[bool]
+    whole: bool = False
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
+
+    def learned_whole(self) -> Encoded:
+        """The same tokens, each of them an action but the first, which nothing precedes."""
+        ids = self.prompt + self.completion
+        return Encoded(ids[:1], ids[1:], [True] * (len(ids) - 1), whole=True)
+
+    def windows(self, size: int, overlap: int) -> list[Encoded]:
+        """Pieces of at most `size` tokens. Each begins with the last `overlap` tokens of the one before it, which are
+        read there and not learned again: what is an action here is so in exactly one piece."""
+        ids = self.prompt + self.completion
+        acting = [False] * len(self.prompt) + self.actions
+        pieces: list[Encoded] = []
+        start, read = 0, len(self.prompt)
+        while not pieces or read < len(ids):
+            stop = start + size
+            pieces.append(Encoded(ids[start:read], ids[read:stop], acting[read:stop], whole=True))
+            start, read = stop - overlap, stop
+        return pieces
 
 
 class Template:
@@ -28,13 +50,16 @@ class Template:
 
     Prompt and completion are tokenised apart, as a sampler meets them: what is learned on is then exactly what is
     sampled from. The end token closes every completion and is an action, or stopping is never learned.
+
+    encodes: prompts go to an encoder, which is used to the token that its tokenizer closes each text with.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, encodes: bool = False) -> None:
         self.tokenizer = tokenizer
         self.end: int = tokenizer.eos_token_id
-        opening = tokenizer("a").input_ids
-        self.opening: list[int] = [i for i in opening[:1] if i == tokenizer.bos_token_id]
+        written = tokenizer("a").input_ids
+        self.opening: list[int] = [i for i in written[:1] if i == tokenizer.bos_token_id]
+        self.closing: list[int] = [i for i in written[-1:] if encodes and i == self.end]
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens."""
@@ -47,6 +72,8 @@ class Template:
             ids = self._ids(prompt)
             if ids[:1] != self.opening:
                 ids = self.opening + ids
+            if ids[-1:] != self.closing:
+                ids = ids + self.closing
         else:
             ids = self._ids(self._chat(prompt, ask=True))
         start = self.tokenizer.bos_token_id
@@ -58,7 +85,7 @@ class Template:
             ids = self._ids(completion)
             if ids[-1:] != [self.end]:
                 ids.append(self.end)
-            return Encoded(self.prompt(prompt), ids, [True] * len(ids))
+            return Encoded(self.prompt(prompt), ids, [True] * len(ids), whole=not prompt)
         turns = [] if prompt == "" else _turns(prompt, "user")
         return self._conversation(turns, _turns(completion, "assistant"))
 

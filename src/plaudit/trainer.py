@@ -192,6 +192,8 @@ class Trainer:
         self.figures["gradient_norm"] = norm
         if math.isfinite(norm) and math.isfinite(self.figures["loss"]):
             self.figures["learning_rate"] = self._set_learning_rate()
+            if algorithm.weight_decay is not None:
+                self._set_weight_decay(algorithm.weight_decay)
             self.optimizer.step()
             self.skipped = 0
         else:
@@ -225,6 +227,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         return settings.learning_rate * factor
+
+    def _set_weight_decay(self, decay: float) -> None:
+        """Where there is any: vectors have none."""
+        for group in self.optimizer.param_groups:
+            if group["weight_decay"]:
+                group["weight_decay"] = decay
 
     # ------------------------------------------------------------------------------------------ save and resume
 
@@ -295,11 +303,11 @@ class Trainer:
 
 
 def _optimizer(algorithm: Algorithm, settings: Training) -> torch.optim.Optimizer:
-    """AdamW with float32 state; weight decay on matrices only; the value head may learn at its own rate."""
+    """AdamW with float32 state; weight decay on matrices only; heads of values may learn at their own rate."""
     value_rate = getattr(settings, "value_learning_rate", 0.0) or settings.learning_rate
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in algorithm.policy.learning().items():
-        rate = value_rate if name.startswith("value.") else settings.learning_rate
+        rate = value_rate if name.startswith(("value.", "heads.")) else settings.learning_rate
         groups.setdefault((rate, settings.weight_decay if parameter.dim() > 1 else 0.0), []).append(parameter)
     described: list[dict[str, Any]] = [
         {"params": parameters, "lr": rate, "peak": rate, "weight_decay": decay}

@@ -148,9 +148,12 @@ def test_ratings_pair_by_pair(at, tmp_path):
 
 def test_chances_are_shares_of_pairs_of_people():
     nan = math.nan
-    found = chances(torch.tensor([[1.0, 2.0, 3.0], [2.0, nan, nan], [nan, 3.0, 3.0]]))
+    given = torch.tensor([[1.0, 2.0, 3.0], [2.0, nan, nan], [nan, 3.0, 3.0]])
     golden = [[0.5, 0.5, 1 / 6], [0.5, 0.5, 0.0], [5 / 6, 1.0, 0.5]]
-    torch.testing.assert_close(found, torch.tensor(golden))
+    torch.testing.assert_close(chances(given, given), torch.tensor(golden))
+    torch.testing.assert_close(chances(given[1:2, :1], given), torch.tensor(golden[1:2]))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(chances(given, given), torch.tensor(golden))
 
 
 @pytest.mark.parametrize("kind", KINDS)

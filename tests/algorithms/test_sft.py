@@ -32,6 +32,18 @@ def test_it_learns_a_regular_language(at, tmp_path):
     text = tiny.tokenizer().decode(said[0])
     assert text.startswith("777 cdef")
     assert text.endswith(tiny.END)
+    again = examples.built(dataclasses.replace(settings, model=str(run.final)))
+    found = [
+        (int(logits[i - 1].argmax()) == ids[i], -float(logits[i - 1].log_softmax(0)[ids[i]]))
+        for row in again.held
+        for ids in [row.prompt + row.completion]
+        for logits in [model(torch.tensor([ids])).logits[0].detach()]
+        for i in range(len(row.prompt), len(ids))
+    ]
+    hits, losses = zip(*found, strict=True)
+    assert 0.6 < sum(hits) / len(hits) < 1
+    expected = {"heldout_accuracy": sum(hits) / len(hits), "heldout_nll": sum(losses) / len(losses)}
+    assert again.evaluate() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_token_is_a_unit_and_only_what_was_said_is_learned(at, tmp_path):

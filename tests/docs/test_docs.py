@@ -87,6 +87,7 @@ def supplies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.lines(folder / "demonstrations.jsonl", answered)
     tiny.lines(folder / "comparisons.jsonl", compared)
     tiny.lines(folder / "ratings.jsonl", rated)
+    (folder / "book.txt").write_text("All is well, very well, and all will be well.\n" * 40)
     return folder
 
 
@@ -270,7 +271,7 @@ def test_the_page_of_settings_is_up_to_date():
 
 def test_settings_that_pages_name_exist_with_the_defaults_they_give():
 
-    for verb in ("sft", "reward", "ppo"):
+    for verb in ("sft", "reward", "ppo", "ilql"):
         text = (ROOT / "docs" / f"{verb}.md").read_text("utf-8")
         rows = re.findall(r"^\| (`[\w`, ]+`) \| ([^|]+) \|", text.partition("## Its main defaults")[2], re.MULTILINE)
         assert len(rows) > 4

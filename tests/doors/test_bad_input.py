@@ -21,6 +21,12 @@ FILES = {
     "broken.jsonl": '{"prompt": "a", "completion": "b"}\n{"prompt": "x", "compl\n',
     "list.jsonl": '["a", "b"]\n',
     "columns.jsonl": '{"inquiry": "a", "reply": "b"}\n',
+    "rated.jsonl": '{"prompt": "a", "completion": "b", "rating": 3}\n{"prompt": "c", "completion": "d", "rating": 1}\n',
+    "ranked.jsonl": '{"prompt": "a", "completions": ["b", "c"], "ranking": [1, 2]}\n',
+    "tied.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "c", "preference": 0.5}\n',
+    "thumb.jsonl": '{"prompt": "a", "completion": "b", "label": true}\n',
+    "pair.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
+    "cpo.yaml": "model: m\ndata: pair.jsonl\nprecompute_reference: true\n",
     "number.jsonl": '{"prompt": "a", "completion": 3}\n',
     "same.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "b"}\n',
     "silent.jsonl": '{"prompt": "a", "completion": " "}\n',
@@ -33,6 +39,8 @@ FILES = {
     "code/config.json": '{"model_type": "llama", "_attn_implementation": "evil/kernel"}',
     "typo.yaml": "model: m\ndata: good.jsonl\nlearning_rat: 1.0e-5\n",
     "type.yaml": "model: m\ndata: good.jsonl\nlearning_rate: fast\n",
+    "shape.yaml": "model: {scratch: llama, layer: 3}\ndata: good.jsonl\n",
+    "shapes.yaml": "stages:\n  sft: {model: {scratch: llama}, data: nowhere.txt}\n",
     "verb.yaml": "verb: ppo\nmodel: m\n",
     "open.yaml": "model: [m\n",
     "reward.py": "import torch\nlimit = 3\ndef score(prompts, completions, **columns):\n    return [0.0]\n",
@@ -49,6 +57,7 @@ FILES = {
 }
 SFT = "sft --model m --output o --data "
 PPO = "ppo --model m --output o --data good.jsonl --rewards "
+GRPO = "grpo --model m --output o --data good.jsonl --rewards count:a "
 EVALUATE = "evaluate --data good.jsonl --output o --rewards count:a --policies "
 CASES = {
     # data
@@ -67,8 +76,23 @@ CASES = {
     SFT + "good.jsonl --holdout 1": "data: nothing is left to train on with holdout 1.0: lower it.",
     "reward --model m --data same.jsonl": "The data hold no usable comparison (chosen and rejected are the same: 1, "
     "first same.jsonl:1).",
-    "reward --model m --data good.jsonl": "a rating needs `completion` and one of `ratings`, `rating`, `score` and "
-    "`label`, but this row is a demonstration (it holds `prompt`, `completion`)",
+    "reward --model m --data good.jsonl": "a rating needs `completion` and one of `ratings`, `rating`, `score`, "
+    "`label` and `token_rewards`, but this row is a demonstration (it holds `prompt`, `completion`)",
+    "dpo --model m --data good.jsonl": "good.jsonl:1: a comparison needs `chosen` and `rejected`, but this row is a "
+    "demonstration (it holds `prompt`, `completion`)",
+    "dpo --model m --data rated.jsonl": "data: no prompt has two answers of which people prefer one: take `kto` or "
+    "`bco`, which learn from single answers, or data of comparisons.",
+    "nca --model m --data tied.jsonl": "data: there is no pair of answers of which people prefer one: take `kto` or ",
+    "kto --model m --data rated.jsonl": "data: a rating of 3 is neither good (1, true) nor bad (0, false): give ",
+    "kto --model m --data ranked.jsonl": "data: a ranking does not say which answers are good by themselves: take ",
+    "bco --model m --data thumb.jsonl": "data: all answers are good, so there is nothing to tell apart: add ",
+    "dpo --model m --data pair.jsonl --beta 0": "`beta` is 0.0, but must be greater than 0.",
+    "simpo --model m --data pair.jsonl --beta -1": "`beta` is -1.0, but must be greater than 0.",
+    "dpo --model m --data pair.jsonl --label-smoothing 0.5": "`label_smoothing` is 0.5, but must be less than 0.5.",
+    "exo --model m --data pair.jsonl --label-smoothing 0": "`label_smoothing` is 0.0, but must be greater than 0.",
+    "kto --model m --data pair.jsonl --batch-size 1": "`batch_size` is 1, but must be greater than or equal to 2.",
+    "bco --model m --data pair.jsonl --min-density-ratio 20": "min_density_ratio (20.0) must not exceed ",
+    "cpo --config cpo.yaml": "cpo.yaml: `cpo` has no setting `precompute_reference`; the nearest is `",
     "sample --model m --data nowhere.jsonl": "data: there is no file 'nowhere.jsonl'.",
     # models
     "sft --data good.jsonl --model ./nowhere": "model: there is no folder './nowhere'.",
@@ -80,6 +104,17 @@ CASES = {
     "sft --data good.jsonl --model cut": "cut/config.json: not valid JSON (",
     "sft --data good.jsonl --model list": "list/config.json: must hold a JSON object, {...}",
     "sft --data good.jsonl --model code": "code/config.json: '_attn_implementation' does not belong into a config.json",
+    "sft --data good.jsonl --model scratch:lama": "model: `scratch` is 'lama', but must be 'llama' or 'gpt2'.",
+    "sft --data good.jsonl --model scratch:llama:widht=64": "model: `scratch` has no setting `widht`; the nearest is "
+    "`width`.",
+    "sft --data good.jsonl --model scratch:gpt2:width=32,heads=3": "model: `heads` (3) must divide `width` (32).",
+    "sft --data good.jsonl --model scratch:gpt2:context=8 --overlap 8": "overlap (8) must be less than the model's "
+    "context (8).",
+    "sft --config shape.yaml": "model: `scratch` has no setting `layer`; the nearest is `layers`.",
+    "sample --data good.jsonl --model scratch:llama": "model: only `sft` begins from scratch: train 'scratch:llama' "
+    "with it, and give its `final` folder here.",
+    "run shapes.yaml": "stage 'sft': data: there is no file 'nowhere.txt'.",
+    SFT + "good.jsonl --overlap 1024": "`overlap` (1024) must be less than `max_tokens` (1024).",
     # settings
     "sft --config typo.yaml": "typo.yaml: `sft` has no setting `learning_rat`; the nearest is `learning_rate`.",
     "sft --config type.yaml": "type.yaml: `learning_rate` is 'fast', but must be a valid number",
@@ -91,6 +126,16 @@ CASES = {
     SFT + "good.jsonl --schedule linaer": "invalid choice 'linaer' for argument '--schedule'",
     PPO + "count:a --kl -0.1": "`kl` is -0.1, but must be greater than or equal to 0.",
     PPO + "count:a --batch-size 7": "batch_size (7) must divide rollout (64).",
+    PPO + "count:a --dual-clip 0.5": "dual_clip is 0.5: give more than 1, or 0 for no such bound.",
+    PPO + "count:a --kl-target 3 --kl-budget 3": "kl_target holds the divergence, kl_budget only bounds it: choose one",
+    PPO + "count:a --kl 0 --kl-target 3": "kl_target: the weight adapts by factors, so it cannot begin at 0: raise kl.",
+    PPO + "count:a --reject-worst 0.5 --reject-best 0.5": "reject_worst (0.5) and reject_best (0.5) leave no",
+    PPO + "count:a --reward-scale --reward-normalise": "reward_normalise takes the mean off, reward_scale leaves it",
+    GRPO + "--group 1": "`group` is 1, but must be greater than or equal to 2.",
+    GRPO + "--group 7": "group (7) must divide batch_size (64), or a prompt's answers are torn.",
+    GRPO.replace("grpo", "reinforce_pp") + "--baseline group": "baseline: a group of one has no others to compare with",
+    GRPO.replace("grpo", "online_dpo") + "--beta 0": "`beta` is 0.0, but must be greater than 0.",
+    "sample --model m --data good.jsonl --best-of count:a": "best_of: there is one completion of each prompt",
     PPO + "count:a --group 3": "group (3) must divide batch_size (32), or a prompt's answers are torn.",
     # rewards
     PPO + "nowhere.py:score": "reward 'nowhere.py:score': there is no file 'nowhere.py'.",
@@ -219,8 +264,8 @@ def test_prompts_over_the_budget_are_counted_and_all_of_them_an_error(plaudit, m
     ("body", "sentence"),
     [
         ("return [0.0]", "reward 'r.py:score' returned 1 values for 4 completions."),
-        ("return [0.0, 1.0, float('nan'), 0.0]", "reward 'r.py:score' returned nan for completion 2: it must be a"),
-        ("return ['good'] * 4", "reward 'r.py:score' returned 'good' for completion 0: it must be a finite number."),
+        ("return [0.0, 1.0, float('nan'), 0.0]", "reward 'r.py:score' returned NaN or None for a completion of"),
+        ("return ['good'] * 4", "reward 'r.py:score' returned 'good' for completion 0: it must be a finite number, or"),
     ],
 )  # fmt: skip
 def test_a_reward_that_is_no_list_of_numbers_stops_the_run(plaudit, here, models, prompts, body, sentence):

@@ -26,5 +26,5 @@ def slowly(owner: type, name: str, what: str, seconds: float) -> None:
 torch.set_num_threads(1)
 os.fsync = lambda descriptor: None  # a kill loses nothing that was written; only a power cut would
 slowly(ProximalPolicyOptimisation, "loss", "step", 0.02)
-slowly(Rewards, "__call__", "rollout", 0.1)
+slowly(Rewards, "each", "rollout", 0.1)
 sys.exit(cli.main(sys.argv[1:]))

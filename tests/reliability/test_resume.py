@@ -17,7 +17,11 @@ from watched import Killed, Seen
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 # What differs only in its loss, or in how its weights are kept, is broken off at fewer places.
-SOME = {"rankings": (2,), "ratings": (3,), "ppo-top": (3, 6), "ppo-adapter": (2, 5)}
+SOME = {"rankings": (2,), "ratings": (3,), "ppo-top": (3, 6), "ppo-adapter": (2, 5), "ilql": (2,), "sft-encdec": (2,)}
+SOME |= {"ppo-encdec": (5,)}
+SOME |= dict.fromkeys(examples.PREFERENCES, (3,))
+SOME |= dict.fromkeys(examples.JUDGED, (3,))
+SOME |= dict.fromkeys(examples.SAMPLED, (3,))
 
 
 @pytest.mark.parametrize("kind", examples.KINDS)

@@ -54,7 +54,7 @@ def at_call(patch, owner, name, call, *numbers, after=False):
 PHASES = {
     "sampling the first rollout": ("ppo", LocalSampler, "sample", 1, False, (signal.SIGINT,), 0),
     "sampling a later rollout": ("ppo", LocalSampler, "sample", 2, True, (signal.SIGTERM,), 4),
-    "rewarding": ("ppo", Rewards, "__call__", 2, False, (signal.SIGINT,), 4),
+    "rewarding": ("ppo", Rewards, "each", 2, False, (signal.SIGINT,), 4),
     "asking the reference": ("ppo", Algorithm, "over", 4, False, (signal.SIGTERM,), 4),
     "a loss": ("ppo", ProximalPolicyOptimisation, "loss", 5, False, (signal.SIGTERM,), None),
     "between two micro-batches": ("sft", SupervisedFineTuning, "loss", 3, True, (signal.SIGINT,), None),

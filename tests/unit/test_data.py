@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plaudit.data import Order, columns_of, hold_out, key_of, load, shard, within
+from plaudit.data import Order, columns_of, hold_out, hold_out_end, key_of, load, shard, within
 from plaudit.errors import PlauditError
 from plaudit.records import Demonstration, Prompt
 
@@ -77,11 +77,26 @@ def test_a_saved_dictionary_of_splits(tmp_path):
         load(str(tmp_path / "both"), Demonstration, "dev")
 
 
-def test_plain_text_is_a_column_of_lines(tmp_path):
-    path = tmp_path / "lines.txt"
-    path.write_text("one\ntwo\n")
+def test_a_file_of_plain_text_is_one_text(tmp_path):
+    path = tmp_path / "play.txt"
+    path.write_bytes("\ufeffone\r\ntwo\n".encode())
     assert columns_of(str(path)) == {"text"}
-    assert [r.completion for r in load(str(path), Demonstration).records] == ["one", "two"]
+    assert load(str(path), Demonstration).records == [Demonstration("", "one\ntwo\n")]
+    path.write_bytes(b"caf\xe9")
+    with pytest.raises(PlauditError, match=r"data: '.*play.txt' is not UTF-8 \(byte 3: "):
+        load(str(path), Demonstration)
+    with pytest.raises(PlauditError, match=r"data: cannot read .*none.txt': No such file or directory\."):
+        load(str(tmp_path / "none.txt"), Demonstration)
+
+
+@pytest.mark.parametrize(
+    ("share", "parts"), [(0.25, ("abcdef", "gh")), (0.0, ("abcdefgh", "")), (1.0, ("", "abcdefgh"))]
+)
+def test_of_a_single_text_the_end_is_held_out(share, parts):
+    text = Demonstration("", "abcdefgh", {"id": 1})
+    found = hold_out_end(text, share)
+    assert [[part.completion for part in side] for side in found] == [[part] if part else [] for part in parts]
+    assert all(part.columns == {"id": 1} for side in found for part in side)
 
 
 def test_several_with_commas_between_or_as_a_list(tmp_path):

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from plaudit.batch import Batch, collate
-from plaudit.losses import all_pairs, bradley_terry, clipped_surrogate, clipped_value, nll, plackett_luce
+from plaudit.losses import (
+    all_pairs,
+    best_of,
+    bradley_terry,
+    clipped_surrogate,
+    clipped_value,
+    nll,
+    plackett_luce,
+    squared_error,
+)
 from plaudit.numerics import at_actions, before_actions, token_logprobs
 
 Found = tuple[Tensor, dict[str, Tensor]]
@@ -308,6 +317,58 @@ def test_plackett_luce_is_the_loop_and_does_not_see_what_was_not_ranked(
     torch.testing.assert_close(gradient.sum(1), torch.zeros(len(groups), dtype=torch.float64), atol=1e-9, rtol=0)
 
 
+# ------------------------------------------------------------------------------- the best of several, and numbers
+
+
+def test_best_of_by_hand() -> None:
+    # exp(scores) = 1, 2, 5: the second is chosen with probability 2/8, of the first two with 2/3, one of them with 3/8.
+    scores, everybody = double([[0, math.log(2), math.log(5)]]), torch.ones(1, 3, dtype=torch.bool)
+    for best, mask, chance, right in (
+        ([False, True, False], everybody, 2 / 8, 0),
+        ([False, True, False], torch.tensor([[True, True, False]]), 2 / 3, 1),
+        ([True, True, False], everybody, 3 / 8, 0),
+        ([False, False, True], everybody, 5 / 8, 1),
+        ([True, True, True], everybody, 1, 1),
+        ([False, False, True], torch.tensor([[True, True, False]]), 1, 0),  # chosen from elsewhere: nothing is said
+    ):
+        loss, stats = best_of(scores, torch.tensor([best]), mask)
+        assert loss.item() == pytest.approx(-math.log(chance), abs=1e-12)
+        assert stats["accuracy"] == right
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.lists(st.tuples(SCORES, st.booleans(), st.booleans()), min_size=4, max_size=4), min_size=1, max_size=4),
+    st.floats(-20, 20),
+)
+def test_best_of_is_the_loop_and_a_shift_of_a_group_changes_nothing(
+    groups: list[list[tuple[float, bool, bool]]], shift: float
+) -> None:
+    scores = double([[score for score, _, _ in group] for group in groups]).requires_grad_()
+    best = torch.tensor([[chosen for _, chosen, _ in group] for group in groups])
+    mask = torch.tensor([[there for _, _, there in group] for group in groups])
+    loss, _ = best_of(scores, best, mask)
+    expected = 0.0
+    for group in groups:
+        odds = [(math.exp(score), chosen) for score, chosen, there in group if there]
+        if any(chosen for _, chosen in odds):
+            expected -= math.log(sum(odd for odd, chosen in odds if chosen) / sum(odd for odd, _ in odds))
+    assert loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    moved = scores.detach() + shift * torch.arange(len(groups)).double()[:, None]
+    assert best_of(moved, best, mask)[0].item() == pytest.approx(loss.item(), rel=1e-9, abs=1e-9)
+    (gradient,) = torch.autograd.grad(loss, scores)
+    assert gradient.isfinite().all()
+    assert gradient[~mask].eq(0).all()
+
+
+def test_squared_error_by_hand() -> None:
+    scores = double([1.5, -2, 0]).requires_grad_()
+    loss, stats = squared_error(scores, torch.tensor([1.0, 1.0, 0.0]))
+    assert loss.item() == 0.25 + 9
+    assert stats == {}
+    assert torch.autograd.grad(loss, scores)[0].tolist() == [1, -6, 0]
+
+
 # ------------------------------------------------------------------------------------------------ clipped surrogate
 
 
@@ -424,6 +485,8 @@ def pair_losses() -> dict[str, Callable[[Tensor], Found]]:
         "all pairs": lambda s: all_pairs(s, square, square.T.clamp(min=0.5) - 0.5),
         "noisy all pairs": lambda s: all_pairs(s, square, square.T, 0.1),
         "ranking": lambda s: plackett_luce(s.view(2, 3), ranks, mask),
+        "best": lambda s: best_of(s.view(2, 3), ranks == 1, mask),
+        "number": lambda s: squared_error(s, preference.repeat(2)),
     }
 
 

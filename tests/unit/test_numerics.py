@@ -15,6 +15,7 @@ from plaudit.batch import collate
 from plaudit.numerics import (
     at_actions,
     before_actions,
+    likeliest,
     logprobs_of,
     masked_mean,
     masked_sum,
@@ -370,3 +371,18 @@ def test_B21_equal_values_standardise_to_zero() -> None:
     for value, shift in itertools.product((0.0, 3.0), (True, False)):
         found = standardise(torch.full((4,), value), mask, shift_mean=shift)
         assert found.tolist() == [0.0 if shift else value] * 4
+
+
+@pytest.mark.parametrize("chunk", [2, 1024])
+def test_the_likeliest_tokens_are_those_of_all_logits(chunk):
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(9, 4), torch.randn(5, 4), torch.randn(5) * 3
+    targets = torch.randint(0, 5, (9,))
+    for some in (bias, None):
+        added = [0.0] * 5 if some is None else some.tolist()
+        logits = [[float(state @ weight[j]) + added[j] for j in range(5)] for state in hidden]
+        best = [row.index(max(row)) for row in logits]
+        found = likeliest(hidden, weight, targets, some, chunk=chunk)
+        assert found.tolist() == [i == j for i, j in zip(best, targets.tolist(), strict=True)]
+        assert 0 < int(found.sum()) < 9
+    assert likeliest(hidden[:0], weight, targets[:0]).shape == (0,)

@@ -575,3 +575,19 @@ def test_a_failing_source_leaves_the_old_file(tmp_path):
     with pytest.raises(RuntimeError, match="lost"):
         write(path, source())
     assert load(path, Prompt).records == [Prompt("old")]
+
+
+def test_rewards_of_tokens_are_kept_and_rate_a_text_that_nobody_rated():
+    row = {"completion": "ab", "token_rewards": [0.5, 1, -1]}
+    alone = parse([("f:1", row)], Rating).records[0]
+    assert alone.ratings == (0.5,)
+    assert alone.columns == {"token_rewards": [0.5, 1, -1]}
+    both = parse([("f:1", {**row, "rating": 4})], Rating).records[0]
+    assert (both.ratings, both.columns) == ((4.0,), alone.columns)
+    assert parse([("f:1", to_row(alone))], Rating).records == [alone]
+    for wrong, said in (
+        (2, "must be a list of numbers, one per token, not 2"),
+        ([1, "x"], "must be a number, not 'x'"),
+    ):
+        with pytest.raises(PlauditError, match=rf"f:1: `token_rewards` {said}"):
+            parse([("f:1", {**row, "token_rewards": wrong})], Rating)

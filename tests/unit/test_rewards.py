@@ -78,10 +78,11 @@ def test_a_file_may_hold_dataclasses(tmp_path):
         ("0.5", "returned 0.5: it must be"),
         ("'ab'", "returned 'ab': it must be"),
         ("{0: 1.0, 1: 2.0}", "returned {0: 1.0, 1: 2.0}: it must be"),
-        ("[1.0, None]", "returned None for completion 1: it must be a finite number"),
-        ("['1', 2]", "returned '1' for completion 0"),
-        ("[0, float('nan')]", "returned nan for completion 1"),
+        ("[1.0, None]", "returned NaN or None for a completion of prompt 1"),
+        ("['1', 2]", "returned '1' for completion 0: it must be a finite number, or NaN or None"),
+        ("[0, float('nan')]", "returned NaN or None for a completion of prompt 1"),
         ("[float('inf'), 0]", "returned inf for completion 0"),
+        ("[0, -float('inf')]", "returned -inf for completion 1"),
         ("[[1], [2]]", "returned [1] for completion 0"),
         ("[1j, 2]", "returned 1j for completion 0"),
         ("torch.zeros(2, 1)", "returned [0.0] for completion 0"),
@@ -181,6 +182,41 @@ def test_a_weighted_sum():
     assert Rewards({"one": one, "two": two})(["a", "b"], ["c", "d"], {}).tolist() == [11.0, -8.0]
     weighted = Rewards({"one": one, "two": two}, weights=(2.0, -0.5))
     assert weighted(["a", "b"], ["c", "d"], {}).tolist() == [-3.0, 9.0]
+
+
+def test_a_source_that_does_not_apply_is_left_out_of_the_sum():
+    given = {"one": [1.0, math.nan, 3.0], "two": torch.tensor([math.nan, 5.0, 10.0]), "none": [None, 0, None]}
+    sources = {name: lambda values=values, **columns: values for name, values in given.items()}
+    rewards, texts = Rewards(sources, weights=(2.0, 1.0, 100.0)), ["x"] * 3
+    assert rewards(texts, texts, {}).tolist() == [2.0, 5.0, 16.0]
+    each = rewards.each(texts, texts, {})
+    assert each.isnan().tolist() == [[False, True, False], [True, False, False], [True, False, True]]
+    assert rewards.total(each).tolist() == [2.0, 5.0, 16.0]
+    message = "reward 'two' and reward 'none' returned NaN or None for a completion of prompt 40: that says"
+    with pytest.raises(PlauditError, match=message):
+        Rewards({"two": sources["two"], "none": sources["none"]})(texts, texts, {}, [40, 41, 41])
+
+
+def test_names_are_short_unless_two_would_be_the_same():
+    names = ["runs/one/final", "runs/two/final", "a/b.py:f", "count:a/b", "label:GOOD@some/model", "org/judge"]
+    short = Rewards(dict.fromkeys(names)).short_names()
+    assert short == ["runs/one/final", "runs/two/final", "b.py:f", "count:a/b", "label:GOOD", "judge"]
+
+
+def test_a_failure_names_the_first_prompt_of_the_call(tmp_path):
+    spec = source(tmp_path / "mine.py", "def reward(**columns):\n    raise ValueError('no')\n")
+    with pytest.raises(PlauditError, match=r"no \(\S+mine\.py:2\), in a call whose first prompt is number 7\."):
+        load_rewards(spec)(["a", "b"], ["c", "d"], {}, [7, 3])
+
+
+def test_scaling_leaves_the_mean_where_it_is():
+    rewards, values = Rewards({}, scale=True, clip=4.0), torch.tensor([1.0, 3.0])
+    assert rewards.shaped(values, values).tolist() == [1.0, 3.0]  # their standard deviation is 1
+    later = torch.tensor([6.0, 10.0])
+    found = rewards.shaped(later, later)
+    spread = np.std([1, 3, 6, 10])
+    torch.testing.assert_close(found, torch.tensor([6 / spread, 10 / spread]).clamp(max=4.0).float())
+    assert rewards.moments.count == 4
 
 
 def test_weights_and_names_must_match():

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import pearsonr, spearmanr
 
 from plaudit.statistics import (
     bootstrap,
     calibration,
+    correlations,
     distinct_n,
     one_rater_accuracy,
     pair_probabilities,
@@ -195,6 +197,21 @@ def test_blocks_do_not_change_the_result(monkeypatch):
 def test_pairwise_accuracy_refuses_unequal_lengths():
     with pytest.raises(ValueError, match="each score needs its target"):
         pairwise_accuracy([1, 2], [1, 2, 3])
+
+
+def test_correlations_by_hand_and_as_scipy_has_them():
+    # Ranks 1, 3, 2 against 1, 2, 3: two of three places differ by one.
+    found = correlations([0, 5, 1], [10, 20, 30])
+    assert found == pytest.approx((0.5 / math.sqrt(7), 0.5), rel=1e-12)
+    draw = np.random.default_rng(3)
+    scores, targets = draw.normal(size=50), draw.integers(0, 4, size=50)
+    expected = pearsonr(scores, targets).statistic, spearmanr(scores, targets).statistic
+    assert correlations(scores, targets) == pytest.approx(expected, rel=1e-9)
+    assert correlations(scores, -3 * scores + 1) == pytest.approx((-1, -1))
+    for nothing in (([1, 1], [0, 1]), ([0, 1], [2, 2]), ([1], [2]), ([], [])):
+        assert correlations(*nothing) is None
+    with pytest.raises(ValueError, match="each score needs its target"):
+        correlations([1, 2], [1])
 
 
 def slow_one_rater(ratings, gap):

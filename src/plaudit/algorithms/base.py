@@ -30,6 +30,9 @@ class Algorithm:
     evaluates_first = True
     """Whether held-out figures mean something before the first step."""
 
+    weight_decay: float | None = None
+    """What the optimizer's weight decay is from the next step on, where an algorithm adapts it."""
+
     policy: Policy
     model: nn.Module
     steps: int
@@ -60,6 +63,9 @@ class Algorithm:
     def evaluate(self) -> dict[str, float]:
         """Held-out figures of the present policy."""
         return {}
+
+    def finish(self) -> None:
+        """Called once after the last step, before the policy is saved."""
 
     def state(self) -> dict[str, Any]:
         """All that must survive a restart beside weights, optimizer and global random states."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plaudit.advantages import AdaptiveKL, RunningMoments
+from plaudit.advantages import RunningMoments, degenerate, overlong_penalty
 from plaudit.algorithms.base import Algorithm
 from plaudit.batch import Batch, collate
 from plaudit.data import Order
@@ -34,8 +34,28 @@ class Asked:
         return len(self.ids)
 
 
+@dataclass(frozen=True)
+class Completion:
+    """One completion of a prompt, scored: `score` is the reward as it is learned from."""
+
+    asked: Asked
+    index: int
+    ids: list[int]
+    logprobs: list[float]
+    truncated: bool
+    text: str
+    score: float
+
+
 def score(rewards: Rewards, asked: Sequence[Asked], texts: Sequence[str], world: World) -> Tensor:
     """(n,) raw rewards of completions; the prompts' other columns go to the reward functions by name."""
+    return rewards.total(score_each(rewards, asked, texts, world))
+
+
+def score_each(
+    rewards: Rewards, asked: Sequence[Asked], texts: Sequence[str], world: World, index: Sequence[int] | None = None
+) -> Tensor:
+    """(sources, n) the same, of each source, NaN where it does not apply; `index` numbers the prompts in messages."""
     names = sorted({name for a in asked for name in a.record.columns})
     columns = {name: [a.record.columns.get(name) for a in asked] for name in names}
     prompts = [a.record.prompt for a in asked]
@@ -44,7 +64,7 @@ def score(rewards: Rewards, asked: Sequence[Asked], texts: Sequence[str], world:
         for prompt, text in zip(prompts, texts, strict=True)
     ]
     with world.autocast():
-        return rewards(prompts, said, columns)
+        return rewards.each(prompts, said, columns, index)
 
 
 class OnPolicyAlgorithm(Algorithm):
@@ -79,8 +99,6 @@ class OnPolicyAlgorithm(Algorithm):
         self.per_rollout = settings.rollout // settings.batch_size * self.reuse
         self.steps = settings.steps or self.order.steps(settings.epochs) * self.per_rollout
         self.generator = torch.Generator().manual_seed(settings.seed * 7919 + world.rank)
-        target = settings.kl_target or None
-        self.controller = AdaptiveKL(settings.kl, target, settings.kl_horizon)
         self.current: Batch | None = None
 
     # ------------------------------------------------------------------------------------------------- rollouts
@@ -108,38 +126,74 @@ class OnPolicyAlgorithm(Algorithm):
     @torch.no_grad()
     def rollout(self) -> Batch:
         """A fresh batch with everything that the loss needs."""
-        batch, texts = self.sample(self.order[self.position // self.per_rollout])
+        drawn = self.sample(self.prompts())
+        batch = self.collated(drawn)
         if self.policy.frozen:
             with self.world.autocast():
                 batch = replace(batch, trunk=self.over_trunk(batch))
         batch = self.advantages(batch)
-        self.show(batch, texts)
+        self.show(drawn)
         return batch.to(self.world.device)
 
-    def sample(self, indices: list[int]) -> tuple[Batch, list[tuple[Asked, str]]]:
-        """Completions of these prompts, scored: a batch with logprobs, scores (shaped) and truncated; and the texts."""
+    def prompts(self) -> list[int]:
+        """The places of this rollout's prompts in the data, over all processes."""
+        return self.order[self.position // self.per_rollout]
+
+    def sample(self, indices: list[int]) -> list[Completion]:
+        """This process's share of the rollout: whole groups, side by side."""
+        return self.draw(indices)
+
+    def draw(self, indices: list[int], noted: bool = True) -> list[Completion]:
+        """`group` completions of each of this process's share of these prompts, scored; figures go to `notes`."""
         settings = self.settings
-        asked = [self.data[i] for i in indices[self.world.rank :: self.world.size]]
+        mine = indices[self.world.rank :: self.world.size]
         self.sampler.refresh()
-        drawn = self.sampler.sample([a.ids for a in asked], self.limits(), settings.group, self.generator)
-        repeated = [a for a in asked for _ in range(settings.group)]
-        groups = [i for i in range(len(asked)) for _ in range(settings.group)]
-        batch = collate([a.ids for a in repeated], drawn.completions, groups)
-        logprobs = torch.zeros(batch.tokens.shape)
-        for row, (prompt, values) in enumerate(zip(repeated, drawn.logprobs, strict=True)):
-            logprobs[row, len(prompt) : len(prompt) + len(values)] = torch.tensor(values)
+        drawn = self.sampler.sample([self.data[i].ids for i in mine], self.limits(), settings.group, self.generator)
+        places = [i for i in mine for _ in range(settings.group)]
+        asked = [self.data[i] for i in places]
         texts = [self.template.decode(completion) for completion in drawn.completions]
-        raw = score(self.rewards, repeated, texts, self.world)
-        truncated = torch.tensor(drawn.truncated)
-        shaped = (
-            self.rewards.shaped(raw, torch.cat(self.world.gather([raw]))) - settings.missing_end_penalty * truncated
+        each = score_each(self.rewards, asked, texts, self.world, places)
+        raw = self.rewards.total(each, places)
+        truncated = torch.tensor(drawn.truncated, dtype=torch.bool)
+        lengths = torch.tensor([len(ids) for ids in drawn.completions])
+        shaped = self.rewards.shaped(raw, torch.cat(self.world.gather([raw])))
+        shaped = shaped - settings.missing_end_penalty * truncated
+        shaped = shaped + settings.overlong_penalty * overlong_penalty(
+            lengths, settings.max_new_tokens, settings.overlong
         )
+        if noted:
+            self.note(each, raw, truncated, lengths)
+            if settings.group > 1:
+                self.notes["degenerate"] = self.mean(degenerate(shaped, settings.group).float())
+        rows = zip(
+            asked, places, drawn.completions, drawn.logprobs, drawn.truncated, texts, shaped.tolist(), strict=True
+        )
+        return [Completion(*row) for row in rows]
+
+    def note(self, each: Tensor, raw: Tensor, truncated: Tensor, lengths: Tensor) -> None:
+        """Figures of what was drawn, over all processes."""
         self.notes["score"] = self.mean(raw)
         self.notes["truncated"] = self.mean(truncated.float())
-        self.notes["completion_tokens"] = self.mean(batch.actions.sum(1).float())
-        index = torch.tensor([i for i in indices[self.world.rank :: self.world.size] for _ in range(settings.group)])
-        batch = replace(batch, logprobs=logprobs, scores=shaped, truncated=truncated, index=index)
-        return batch.to(self.world.device), list(zip(repeated, texts, strict=True))
+        self.notes["completion_tokens"] = self.mean(lengths.float())
+        if len(each) > 1:
+            for name, values in zip(self.rewards.short_names(), each, strict=True):
+                self.notes[f"reward/{name}"] = self.mean(values[~values.isnan()])
+
+    def collated(self, drawn: list[Completion]) -> Batch:
+        """The batch of these completions, with logprobs, scores, truncated and index."""
+        groups = [place // self.settings.group for place in range(len(drawn))]
+        batch = collate([c.asked.ids for c in drawn], [c.ids for c in drawn], groups)
+        logprobs = torch.zeros(batch.tokens.shape)
+        for row, c in enumerate(drawn):
+            logprobs[row, len(c.asked) : len(c.asked) + len(c.ids)] = torch.tensor(c.logprobs)
+        batch = replace(
+            batch,
+            logprobs=logprobs,
+            scores=torch.tensor([c.score for c in drawn]),
+            truncated=torch.tensor([c.truncated for c in drawn]),
+            index=torch.tensor([c.index for c in drawn]),
+        )
+        return batch.to(self.world.device)
 
     def advantages(self, batch: Batch) -> Batch:
         """The batch with `advantages`, and whatever else the loss reads."""
@@ -156,12 +210,10 @@ class OnPolicyAlgorithm(Algorithm):
         assert kept is not None
         return kept
 
-    def show(self, batch: Batch, texts: list[tuple[Asked, str]]) -> None:
+    def show(self, drawn: list[Completion]) -> None:
         """Keeps a few samples for people to read."""
-        assert batch.scores is not None
         self.shown = [
-            {"prompt": asked.record.prompt, "completion": text, "score": round(float(score), 4)}
-            for (asked, text), score in zip(texts[:4], batch.scores[:4], strict=True)
+            {"prompt": c.asked.record.prompt, "completion": c.text, "score": round(c.score, 4)} for c in drawn[:4]
         ]
 
     # ---------------------------------------------------------------------------------------------- the contract
@@ -216,7 +268,6 @@ class OnPolicyAlgorithm(Algorithm):
             **super().state(),
             "processes": self.world.size,
             "generator": self.generator.get_state(),
-            "coefficient": self.controller.coefficient,
             "moments": [moments.count, moments.mean, moments.m2],
             "rollout": batch,
         }
@@ -229,7 +280,6 @@ class OnPolicyAlgorithm(Algorithm):
             )
         super().restore(state)
         self.generator.set_state(state["generator"])
-        self.controller = replace(self.controller, coefficient=state["coefficient"])
         self.rewards.moments = RunningMoments(*state["moments"])
         self.current = Batch(**state["rollout"]).to(self.world.device) if state["rollout"] else None
 
@@ -238,4 +288,4 @@ class OnPolicyAlgorithm(Algorithm):
     def mean(self, values: Tensor) -> float:
         """The mean over all processes."""
         total = self.world.sum(torch.stack([values.sum().double().cpu(), torch.tensor(float(values.numel())).double()]))
-        return float(total[0] / total[1])
+        return float(total[0] / total[1].clamp(min=1))

@@ -1,7 +1,10 @@
-"""Reward models: Bradley-Terry over comparisons, over rankings, and over all pairs of rated texts."""
+"""Reward models: what all of them have in common, and Bradley-Terry over comparisons, over rankings, and over all pairs
+of rated texts."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,10 +16,14 @@ from plaudit import statistics
 from plaudit.algorithms.base import FromData, Stats
 from plaudit.batch import Batch, collate
 from plaudit.data import Order
+from plaudit.errors import PlauditError
 from plaudit.losses import all_pairs, bradley_terry
-from plaudit.policy import Policy
+from plaudit.policy import Output, Policy
 from plaudit.settings import Reward
 from plaudit.world import World
+
+LOOKS = 20
+"""How often in a run its weight decay is adapted."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +39,50 @@ class Judged:
 
 
 class RewardModelling(FromData):
-    """What the three ways of judging have in common. `found` is what the last evaluation reported."""
+    """What all ways of judging have in common.
+
+    data, validation  what is learned from, and what the weight decay is adapted on
+    held              what evaluations are made on
+    anchor            texts whose mean score is to be 0 in the end
+    found             what the last evaluation reported
+    """
 
     evaluates_first = False
 
-    def __init__(self, settings: Reward, world: World, policy: Policy, data: list[Judged], held: list[Judged]) -> None:
+    def __init__(
+        self,
+        settings: Reward,
+        world: World,
+        policy: Policy,
+        data: list[Judged],
+        held: list[Judged],
+        anchor: Sequence[list[int]] = (),
+    ) -> None:
         super().__init__(policy, world, settings.tokens_per_pass)
-        self.settings, self.data, self.held = settings, data, held
-        self.order = Order(len(data), settings.batch_size, settings.seed)
+        self.settings, self.held, self.anchor = settings, held, list(anchor)
+        self.places, rest = divided(len(data), settings)
+        self.data, self.validation = [data[i] for i in self.places], [data[i] for i in rest]
+        self.order = Order(len(self.data), settings.batch_size, settings.seed)
         self.steps = settings.steps or self.order.steps(settings.epochs)
+        self.weight_decay = settings.weight_decay if settings.adaptive_weight_decay else None
         self.found: dict[str, Any] = {}
+
+    def batches(self) -> Iterator[Batch]:
+        rows = super().batches()
+        while True:
+            # By the step to come, not after the last one, so that a run that goes on does the same.
+            if self.validation and self.position and self.position % max(1, self.steps // LOOKS) == 0:
+                self.adapt_weight_decay()
+            batch = next(rows)
+            self.begin(batch)
+            yield batch
+
+    def begin(self, batch: Batch) -> None:
+        """Called with this process's part of each batch, before it is split."""
 
     def collate(self, indices: list[int]) -> Batch:
         chosen = [self.data[i] for i in indices]
-        index = torch.tensor([i for i, item in zip(indices, chosen, strict=True) for _ in item.texts])
+        index = torch.tensor([self.places[i] for i, item in zip(indices, chosen, strict=True) for _ in item.texts])
         return replace(self.rows(chosen), index=index)
 
     def rows(self, items: list[Judged]) -> Batch:
@@ -57,22 +94,42 @@ class RewardModelling(FromData):
         filled = torch.tensor([row + [float("nan")] * (width - len(row)) for row in targets])
         return replace(collate(texts, [[]] * len(texts), groups), targets=filled)
 
+    # ------------------------------------------------------------------------------------------------- the loss
+
     def scores(self, batch: Batch) -> Tensor:
-        """(B,) the score at the last token of each row."""
+        """(B,) the score of each row."""
         scores: Tensor = self.model(batch, logprobs=False, scores=True).scores
         return scores
 
+    def loss(self, batch: Batch) -> tuple[Tensor, Stats]:
+        return self.judge(batch, self.scores(batch))
+
+    def judge(self, batch: Batch, scores: Tensor) -> tuple[Tensor, Stats]:
+        """What `loss` says of these scores (B,)."""
+        raise NotImplementedError
+
     def centred(self, total: Tensor, scores: Tensor, share: Tensor | float) -> Tensor:
-        """The loss with the mean squared score of each pair's two texts beside it; `share`, one number or (B,), is
-        how much the pairs of a row count, halved."""
+        """The loss with the mean squared score of each unit's texts beside it; `share`, one number or (B,), is how
+        much a row counts in that."""
         return total + self.settings.centering * (share * scores.square()).sum()
+
+    # ----------------------------------------------------------------------------------- scores without gradient
+
+    def quiet_scores(self, batch: Batch) -> Tensor:
+        """(B,) scores without gradient or dropout."""
+
+        def scored(part: Batch) -> Output:
+            output: Output = self.policy(part, logprobs=False, scores=True)
+            return output
+
+        scores = self.over(batch, scored).scores
+        assert scores is not None
+        return scores
 
     def heldout_scores(self) -> tuple[Batch, Tensor]:
         """The held-out rows and their scores."""
         batch = self.rows(self.held).to(self.world.device)
-        scores = self.over(batch, lambda part: self.policy(part, logprobs=False, scores=True)).scores
-        assert scores is not None
-        return batch, scores.float()
+        return batch, self.quiet_scores(batch).float()
 
     def evaluate(self) -> dict[str, float]:
         if not self.held:
@@ -81,8 +138,75 @@ class RewardModelling(FromData):
         return {f"heldout_{name}": value for name, value in self.found.items() if isinstance(value, float)}
 
     def report(self) -> dict[str, Any]:
-        """Held-out accuracy and calibration, with the reliability table that a report draws; nothing without pairs."""
+        """Held-out figures, with the reliability table that a report draws; nothing where none can be told."""
         raise NotImplementedError
+
+    # -------------------------------------------------------------------------------------------- normalisation
+
+    def finish(self) -> None:
+        """Shifts the scores so that those of the anchor have mean 0 (Ouyang et al. 2022, section 3.5), and divides them
+        by their standard deviation if asked to (Christiano et al. 2017, section 2.2.3)."""
+        scaled = self.settings.normalise_scale
+        texts = self.anchor or ([text for item in self.data for text in item.texts] if scaled else [])
+        if not texts:
+            return
+        scores = self.quiet_scores(collate(texts, [[]] * len(texts)).to(self.world.device)).double()
+        mean, deviation = float(scores.mean()), float(scores.std(correction=0))
+        self.policy.normalise_scores(mean, max(deviation, 1e-8) if scaled else 1.0)
+        self.found |= {"score_mean": mean, "score_deviation": deviation}
+
+    # ------------------------------------------------------------------------------------ adaptive weight decay
+
+    def adapt_weight_decay(self) -> None:
+        """Looks how far the loss on the validation part lies above that on what is learned from."""
+        limit = self.settings.eval_limit
+        unseen, seen = (self.mean_loss(items[:limit]) for items in (self.validation, self.data))
+        if seen > 0 and unseen > 0:
+            assert self.weight_decay is not None
+            self.weight_decay = adapted(self.weight_decay, unseen / seen, self.settings.learning_rate)
+            self.notes |= {"validation_ratio": unseen / seen, "weight_decay": self.weight_decay}
+
+    def mean_loss(self, items: list[Judged]) -> float:
+        """The loss per unit, without gradient or dropout; 0 where there is no unit."""
+        batch = self.rows(items).to(self.world.device)
+        units = float(self.units(batch))
+        return float(self.judge(batch, self.quiet_scores(batch))[0]) / units if units else 0.0
+
+    def units(self, batch: Batch) -> Tensor:
+        """() how many units `judge` sums over."""
+        return self.weight(batch)
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "weight_decay": self.weight_decay}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self.weight_decay = state["weight_decay"]
+
+
+def divided(count: int, settings: Reward) -> tuple[list[int], list[int]]:
+    """Which of `count` items are learned from and, for an adaptive weight decay, which are not: after a bootstrap those
+    never drawn, which are 1/e of all on average; without one, a random 1/e. Raises PlauditError for too few."""
+    draw = np.random.default_rng((settings.seed, count, LOOKS))
+    chosen = np.arange(count)
+    if settings.bootstrap:
+        chosen = draw.integers(count, size=count)
+    elif settings.adaptive_weight_decay:
+        chosen = draw.permutation(count)[round(count / math.e) :]
+    if not settings.adaptive_weight_decay:
+        return chosen.tolist(), []
+    rest = np.setdiff1d(np.arange(count), chosen)
+    if not len(chosen) or not len(rest):
+        raise PlauditError(f"adaptive_weight_decay: {count} rows are too few to hold 1/e of them out: leave it off.")
+    return chosen.tolist(), rest.tolist()
+
+
+def adapted(decay: float, ratio: float, learning_rate: float) -> float:
+    """The next weight decay, so that validation loss / training loss comes to lie between 1.1 and 1.5 (Christiano et
+    al. 2017, section 2.2.3): twice or half the present one, and never so much that a step takes a tenth of a weight."""
+    if ratio > 1.5:
+        return min(2 * decay, 0.1 / learning_rate)
+    return decay / 2 if ratio < 1.1 else decay
 
 
 class FromComparisons(RewardModelling):
@@ -92,9 +216,8 @@ class FromComparisons(RewardModelling):
     def weight(self, batch: Batch) -> Tensor:
         return torch.tensor(len(batch) // 2, device=batch.tokens.device)
 
-    def loss(self, batch: Batch) -> tuple[Tensor, Stats]:
+    def judge(self, batch: Batch, scores: Tensor) -> tuple[Tensor, Stats]:
         assert batch.targets is not None
-        scores = self.scores(batch)
         preference, margin = batch.targets[0::2].unbind(1)
         total, stats = bradley_terry(scores[0::2], scores[1::2], preference, margin, noise=self.settings.noise)
         return self.centred(total, scores, 0.5), stats
@@ -102,31 +225,15 @@ class FromComparisons(RewardModelling):
     def report(self) -> dict[str, Any]:
         batch, scores = self.heldout_scores()
         assert batch.targets is not None
-        return _of_pairs((scores[0::2] - scores[1::2]).cpu(), batch.targets[0::2, 0].cpu())
+        return of_pairs((scores[0::2] - scores[1::2]).cpu(), batch.targets[0::2, 0].cpu())
 
 
-class AllPairs(RewardModelling):
-    """Every two rows may be a pair; a subclass says which are, and what people would say of them."""
-
-    def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(preference, weight), both (B, B): the chance that row i is put above row j, and how much that counts."""
-        raise NotImplementedError
-
-    def weight(self, batch: Batch) -> Tensor:
-        return self.pairs(batch)[1].triu(1).sum()
-
-    def loss(self, batch: Batch) -> tuple[Tensor, Stats]:
-        scores = self.scores(batch)
-        preference, weight = self.pairs(batch)
-        total, stats = all_pairs(scores, preference, weight, noise=self.settings.noise)
-        return self.centred(total, scores, weight.sum(1) / 2), stats
-
-
-class FromRankings(AllPairs):
+class FromRankings(RewardModelling):
     """The targets are ranks, 1 the best. All pairs of a prompt are one unit together, whatever their number, and
     ties make no pair (Ouyang et al. 2022, eq. 1)."""
 
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(preference, weight), both (B, B): the chance that row i is put above row j, and how much that counts."""
         assert batch.targets is not None
         rank = batch.targets[:, 0]
         better = (rank[:, None] < rank[None, :]).float()
@@ -135,62 +242,107 @@ class FromRankings(AllPairs):
         pairs = (same.float() @ weight.sum(1)) / 2
         return better, weight / pairs.clamp(min=1)[:, None]
 
+    def weight(self, batch: Batch) -> Tensor:
+        return self.pairs(batch)[1].triu(1).sum()
+
+    def judge(self, batch: Batch, scores: Tensor) -> tuple[Tensor, Stats]:
+        preference, weight = self.pairs(batch)
+        total, stats = all_pairs(scores, preference, weight, noise=self.settings.noise)
+        return self.centred(total, scores, weight.sum(1) / 2), stats
+
     def report(self) -> dict[str, Any]:
         batch, scores = self.heldout_scores()
         preference, weight = (matrix.cpu() for matrix in self.pairs(batch))
         i, j = torch.nonzero(weight.triu(1), as_tuple=True)
         scores = scores.cpu()
-        return _of_pairs(scores[i] - scores[j], preference[i, j])
+        return of_pairs(scores[i] - scores[j], preference[i, j])
 
 
-class FromRatings(AllPairs):
+class FromRatings(RewardModelling):
     """The targets are what each of several people gave a text, on one scale: every two texts of a batch are a pair,
     and how far the first is preferred is the chance that one person, drawn at random, rates it above what another
-    rates the second. The unit is a pair."""
+    rates the second. The unit is a pair.
 
-    def rows(self, items: list[Judged]) -> Batch:
-        batch = super().rows(items)
-        return replace(batch, groups=torch.zeros_like(batch.groups))
+    A batch that goes through the model in one part is compared with itself. Otherwise each part needs the scores of
+    rows that are elsewhere, in another part or process. So all are scored beforehand, and each part takes the gradient
+    of its own rows against these: the sum over parts is the gradient of the whole.
 
-    def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    everybody  scores (N,) and targets (N, R) of the whole batch over all processes, where it is spread
+    """
+
+    everybody: tuple[Tensor, Tensor] | None = None
+
+    def begin(self, batch: Batch) -> None:
+        self.everybody = None
+        if self.world.size == 1 and len(batch) * int(batch.lengths.max()) <= self.tokens_per_pass:
+            return
         assert batch.targets is not None
-        means = batch.targets.nanmean(1)
-        gap = (means[:, None] - means[None, :]).abs()
-        return chances(batch.targets), ((gap > 0) & (gap >= self.settings.minimum_gap)).float()
+        gathered = self.world.gather([(self.quiet_scores(batch).cpu(), batch.targets.cpu())])
+        width = max(targets.shape[1] for _, targets in gathered)
+        filled = [
+            torch.nn.functional.pad(targets, (0, width - targets.shape[1]), value=torch.nan) for _, targets in gathered
+        ]
+        device = batch.tokens.device
+        self.everybody = torch.cat([scores for scores, _ in gathered]).to(device), torch.cat(filled).to(device)
 
-    def heldout_scores(self) -> tuple[Batch, Tensor]:
-        # Groups of one, or all that is held out would be a single micro-batch.
-        batch = super().rows(self.held).to(self.world.device)
-        scores = self.over(batch, lambda part: self.policy(part, logprobs=False, scores=True)).scores
-        assert scores is not None
-        return batch, scores.float()
+    def pairs(self, targets: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+        """(preference, weight), both (B, N), of (B, R) against (N, R) ratings: the chance that row i is put above the
+        other row j, and 1 where the two are a pair, which no row is with itself."""
+        gap = (targets.nanmean(1)[:, None] - others.nanmean(1)[None, :]).abs()
+        return chances(targets, others), ((gap > 0) & (gap >= self.settings.minimum_gap)).float()
+
+    def weight(self, batch: Batch) -> Tensor:
+        assert batch.targets is not None
+        if self.everybody is None:
+            return self.units(batch)
+        return self.pairs(batch.targets, self.everybody[1])[1].sum() / 2
+
+    def units(self, batch: Batch) -> Tensor:
+        assert batch.targets is not None
+        return self.pairs(batch.targets, batch.targets)[1].triu(1).sum()
+
+    def judge(self, batch: Batch, scores: Tensor) -> tuple[Tensor, Stats]:
+        assert batch.targets is not None
+        preference, weight = self.pairs(batch.targets, batch.targets)
+        total, stats = all_pairs(scores, preference, weight, noise=self.settings.noise)
+        return self.centred(total, scores, weight.sum(1) / 2), stats
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Stats]:
+        if self.everybody is None:
+            return super().loss(batch)
+        assert batch.targets is not None
+        others, said = self.everybody
+        scores = self.scores(batch)
+        preference, weight = self.pairs(batch.targets, said)
+        own, other = torch.broadcast_tensors(scores[:, None], others.to(scores.dtype)[None, :])
+        given = (tensor.flatten() for tensor in (own, other, preference))
+        twice, stats = bradley_terry(*given, noise=self.settings.noise, weight=weight.flatten())
+        # Each pair comes twice, once with the gradient of either side: the gradient is whole, the value is halved.
+        total = twice - twice.detach() / 2
+        return self.centred(total, scores, weight.sum(1) / 2), {name: value / 2 for name, value in stats.items()}
 
     def report(self) -> dict[str, Any]:
         batch, scores = self.heldout_scores()
         assert batch.targets is not None
         values, ratings = scores.cpu().numpy(), batch.targets.cpu().numpy()
-        gap = self.settings.report_gap
         predicted, observed = statistics.pair_probabilities(values, ratings)
         if not len(predicted):
             return {}
-        accuracy = statistics.pairwise_accuracy(values, np.nanmean(ratings, 1), gap)
-        figures = _figures(accuracy.accuracy, statistics.calibration(predicted, observed))
-        one = statistics.one_rater_accuracy(ratings, gap)
-        return {**figures, "pairs": accuracy.pairs, "accuracy_one_rater": one.accuracy}
+        return of_ratings(values, ratings, self.settings.report_gap) | _calibrated(predicted, observed)
 
 
-def chances(targets: Tensor) -> Tensor:
-    """(K, R) ratings, NaN where one is missing -> (K, K) the share of pairs of people of whom the first, on text i,
-    rates above the second, on text j; equal ratings count half."""
-    there = targets.isfinite()
-    given = torch.where(there, targets, torch.zeros_like(targets))
-    both = (there[:, None, :, None] & there[None, :, None, :]).float()
-    above = (given[:, None, :, None] > given[None, :, None, :]).float()
-    level = (given[:, None, :, None] == given[None, :, None, :]).float()
-    return ((above + 0.5 * level) * both).sum((2, 3)) / both.sum((2, 3)).clamp(min=1)
+def chances(targets: Tensor, others: Tensor) -> Tensor:
+    """(B, R) and (N, R') ratings, NaN where one is missing -> (B, N) the share of pairs of people of whom the first, on
+    text i, rates above the second, on the other text j; equal ratings count half."""
+    levels = torch.cat([targets[targets.isfinite()], others[others.isfinite()]]).unique()
+    given, met = ((rows[:, :, None] == levels).float().sum(1) for rows in (targets, others))
+    below = met.cumsum(1) - met / 2
+    # Counts and halves are exact in float32, however rows are put together, but not in bfloat16.
+    with torch.autocast(targets.device.type, enabled=False):
+        return given @ below.T / (given.sum(1)[:, None] * met.sum(1)[None, :]).clamp(min=1)
 
 
-def _of_pairs(lead: Tensor, preference: Tensor) -> dict[str, Any]:
+def of_pairs(lead: Tensor, preference: Tensor) -> dict[str, Any]:
     """Figures of pairs from how far the first of each leads and is preferred, both (P,): people's ties have no right
     answer, and equal scores are half right. Nothing if all are ties."""
     side = torch.sign(preference - 0.5)
@@ -198,9 +350,18 @@ def _of_pairs(lead: Tensor, preference: Tensor) -> dict[str, Any]:
         return {}
     right = (1 + torch.sign(lead) * side)[side != 0] / 2
     favoured = torch.where(lead >= 0, preference, 1 - preference)  # how far people preferred what the model puts first
-    table = statistics.calibration(torch.sigmoid(lead.abs()).numpy(), favoured.numpy())
-    return _figures(float(right.mean()), table)
+    figures = _calibrated(torch.sigmoid(lead.abs()).numpy(), favoured.numpy())
+    return {"accuracy": float(right.mean()), **figures}
 
 
-def _figures(accuracy: float, found: statistics.Calibration) -> dict[str, Any]:
-    return {"accuracy": accuracy, "calibration_error": found.error, "reliability": found.table}
+def of_ratings(values: Any, ratings: Any, gap: float) -> dict[str, Any]:
+    """How well scores (n,) order the pairs of texts whose mean ratings, of (n, R), differ by at least `gap`, and how
+    well one person does; NaN if there is no such pair."""
+    accuracy = statistics.pairwise_accuracy(values, np.nanmean(ratings, 1), gap)
+    one = statistics.one_rater_accuracy(ratings, gap)
+    return {"accuracy": accuracy.accuracy, "pairs": accuracy.pairs, "accuracy_one_rater": one.accuracy}
+
+
+def _calibrated(predicted: Any, observed: Any) -> dict[str, Any]:
+    found = statistics.calibration(predicted, observed)
+    return {"calibration_error": found.error, "reliability": found.table}

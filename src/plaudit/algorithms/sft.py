@@ -25,7 +25,7 @@ def rows(encoded: list[Encoded], indices: list[int]) -> Batch:
 
 
 class SupervisedFineTuning(FromData):
-    """Negative log-likelihood of what was said after the prompt; the unit is a token."""
+    """Negative log-likelihood of what was said after the prompt, or of whole texts; the unit is a token."""
 
     def __init__(self, settings: SFT, world: World, policy: Policy, data: list[Encoded], held: list[Encoded]) -> None:
         super().__init__(policy, world, settings.tokens_per_pass)
@@ -46,7 +46,9 @@ class SupervisedFineTuning(FromData):
         if not self.held:
             return {}
         batch = rows(self.held, list(range(len(self.held)))).to(self.world.device)
-        logprobs = self.over(batch, self.policy).logprobs
-        assert logprobs is not None
-        total, _ = nll(logprobs, batch.actions)
-        return {"heldout_nll": float(total / batch.actions.sum())}
+        found = self.over(batch, lambda part: self.policy(part, hits=True))
+        assert found.logprobs is not None
+        assert found.hits is not None
+        total, _ = nll(found.logprobs, batch.actions)
+        count = batch.actions.sum()
+        return {"heldout_nll": float(total / count), "heldout_accuracy": float(found.hits.sum() / count)}

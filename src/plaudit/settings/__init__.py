@@ -2,7 +2,29 @@
 
 from plaudit.settings.evaluation import Evaluate
 from plaudit.settings.imitation import SFT
-from plaudit.settings.policy_gradient import PPO
+from plaudit.settings.offline import ILQL
+from plaudit.settings.online import BestOfN, OnlineDPO
+from plaudit.settings.policy_gradient import CISPO, DAPO, GRPO, GSPO, PPO, RLOO, VPG, DrGRPO, ReinforcePP
+from plaudit.settings.preference import (
+    AOT,
+    BCO,
+    CPO,
+    DPO,
+    EXO,
+    IPO,
+    KTO,
+    NCA,
+    ORPO,
+    RRHF,
+    SPPO,
+    APODown,
+    APOZero,
+    AveragedIPO,
+    DiscoPOP,
+    Hinge,
+    RobustDPO,
+    SimPO,
+)
 from plaudit.settings.pulling import Pull
 from plaudit.settings.reward import Reward
 from plaudit.settings.sampling import Sample
@@ -10,11 +32,81 @@ from plaudit.settings.sampling import Sample
 FAMILIES: dict[str, dict[str, type]] = {
     "Imitation": {"sft": SFT},
     "Reward models": {"reward": Reward},
-    "Policy gradient": {"ppo": PPO},
+    "Direct preference": {
+        "dpo": DPO,
+        "robust_dpo": RobustDPO,
+        "ipo": IPO,
+        "ipo_avg": AveragedIPO,
+        "hinge": Hinge,
+        "exo": EXO,
+        "nca": NCA,
+        "sppo": SPPO,
+        "aot": AOT,
+        "apo_zero": APOZero,
+        "apo_down": APODown,
+        "discopop": DiscoPOP,
+        "rrhf": RRHF,
+        "cpo": CPO,
+        "simpo": SimPO,
+        "orpo": ORPO,
+        "kto": KTO,
+        "bco": BCO,
+    },
+    "Policy gradient": {
+        "ppo": PPO,
+        "vpg": VPG,
+        "rloo": RLOO,
+        "reinforce_pp": ReinforcePP,
+        "grpo": GRPO,
+        "dr_grpo": DrGRPO,
+        "dapo": DAPO,
+        "gspo": GSPO,
+        "cispo": CISPO,
+    },
+    "Online preference and search": {"online_dpo": OnlineDPO, "best_of_n": BestOfN},
+    "Offline RL": {"ilql": ILQL},
     "Models and data": {"pull": Pull, "sample": Sample, "evaluate": Evaluate},
 }
 """The verbs that take settings, by family, in the order in which a newcomer meets them."""
 
 VERBS: dict[str, type] = {verb: settings for family in FAMILIES.values() for verb, settings in family.items()}
 
-__all__ = ["FAMILIES", "PPO", "SFT", "VERBS", "Evaluate", "Pull", "Reward", "Sample"]
+__all__ = [
+    "AOT",
+    "BCO",
+    "CISPO",
+    "CPO",
+    "DAPO",
+    "DPO",
+    "EXO",
+    "FAMILIES",
+    "GRPO",
+    "GSPO",
+    "ILQL",
+    "IPO",
+    "KTO",
+    "NCA",
+    "ORPO",
+    "PPO",
+    "RLOO",
+    "RRHF",
+    "SFT",
+    "SPPO",
+    "VERBS",
+    "VPG",
+    "APODown",
+    "APOZero",
+    "AveragedIPO",
+    "BestOfN",
+    "DiscoPOP",
+    "DrGRPO",
+    "Evaluate",
+    "Hinge",
+    "OnlineDPO",
+    "Pull",
+    "ReinforcePP",
+    "Reward",
+    "RobustDPO",
+    "Sample",
+    "SimPO",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from plaudit.settings.common import Common, Count
+from plaudit.settings.common import Common, Count, NotNegative
 from plaudit.settings.rewards import RewardSources
 from plaudit.settings.sampling import Sampling
 
@@ -23,6 +23,8 @@ class Evaluate(Sampling, RewardSources, Common):
     """An independent judge, given as a reward is; by default the reward judges."""
     judge_positive: float = 0.0
     """A completion is counted as positive when the judge gives more than this."""
+    ilql_beta: NotNegative = 0.0
+    """Add so much of Q - V to the log-probabilities of those policies that `plaudit ilql` made."""
     prompts: Count = 200
     """Prompts to sample from."""
     rows: Count = 64

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Lt
 
@@ -20,13 +20,28 @@ class Reward(Training):
     """Longer texts are left out and counted."""
     learning_rate: Positive = 1e-5
     """Peak learning rate of AdamW."""
+    objective: Literal["bradley_terry", "plackett_luce", "best_of", "regression", "binary"] = "bradley_terry"
+    """What scores are fitted to: pairs, of any data; whole rankings or only their best; ratings as numbers, or as good
+    (1) and bad (0)."""
     noise: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """Share of answers assumed to be given at random (Christiano et al. 2017 take 0.1)."""
+    """Share of answers assumed to be given at random, for `bradley_terry` and `binary` (Christiano et al. 2017 take
+    0.1)."""
     centering: NotNegative = 0.0
     """Weight of the mean squared score, which keeps scores near zero."""
     minimum_gap: NotNegative = 0.0
     """Ratings whose means differ by less make no pair."""
     report_gap: NotNegative = 1.0
     """Held-out accuracy on ratings counts the pairs whose means differ by at least this."""
+    normalise_on: str | tuple[str, ...] | None = None
+    """Demonstrations whose mean score is 0 in the model that is saved."""
+    normalise_scale: bool = False
+    """Scores have standard deviation 1 too, over `normalise_on`, or mean 0 and deviation 1 over the training texts."""
+    bootstrap: bool = False
+    """Learn from as many rows as there are, drawn with replacement by the seed."""
+    members: Count = 1
+    """Reward models in an ensemble: each on a bootstrap of its own, normalised, in a folder `member-0` and so on."""
+    adaptive_weight_decay: bool = False
+    """Move `weight_decay` so that the loss on 1/e of the data, held out for this, is 1.1 to 1.5 times that on the
+    rest."""
     dropout: bool = False
     """Keep the model's own dropout on while training."""

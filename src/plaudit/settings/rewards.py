@@ -13,10 +13,20 @@ class RewardSources:
 
     rewards: str | tuple[str, ...]
     """Each a reward model folder or Hub name, `file.py:function` called as (prompts, completions, **columns) ->
-    list[float], `label:POSITIVE@MODEL` for a classifier's probability of a label, or `count:WORD`."""
+    list[float], `label:POSITIVE@MODEL` for a classifier's probability of a label, `count:WORD`, or
+    `ensemble:RULE@FOLDER` of reward models, RULE being `mean`, `minimum` or `mean-1std`. NaN or None from a source
+    means that it does not apply to that completion, and leaves it out of the sum."""
     reward_weights: tuple[float, ...] = ()
     """One weight for each source; by default all 1."""
-    reward_clip: NotNegative = 0.0
-    """Rewards are cut to plus or minus this; 0 leaves them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapedRewards(RewardSources):
+    """What is done to rewards before anything is learned from them."""
+
     reward_normalise: bool = False
     """Divide rewards by their running standard deviation, after taking off their running mean."""
+    reward_scale: bool = False
+    """Divide rewards by their running standard deviation, and leave their mean where it is."""
+    reward_clip: NotNegative = 0.0
+    """Rewards are cut to plus or minus this, after that; 0 leaves them."""

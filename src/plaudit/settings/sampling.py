@@ -32,6 +32,8 @@ class Sample(Sampling, Common):
     """JSON lines with `prompt`, `completion`, `truncated`."""
     n: Count = 1
     """Completions of each prompt."""
+    best_of: tuple[str, ...] = ()
+    """Rewards, as algorithms take them: only the best of the `n` completions is kept, with its `score`, their sum."""
     limit: CountOrNone = 0
     """Only the first so many prompts; 0 takes all."""
     temperature: NotNegative = 1.0
@@ -40,5 +42,7 @@ class Sample(Sampling, Common):
     """Draw among the k likeliest tokens only; 0 draws among all."""
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     """Draw among the likeliest tokens that hold this probability together."""
+    ilql_beta: NotNegative = 0.0
+    """Add so much of Q - V to the log-probabilities of a model that `plaudit ilql` made; 0 samples it as it is."""
     rows: Annotated[int, Ge(1)] = 64
     """Completions that are sampled side by side."""

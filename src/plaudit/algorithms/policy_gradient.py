@@ -1,0 +1,356 @@
+"""Policy gradients: what they share, and each of them as what its advantages are and what its loss is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plaudit.advantages import (
+    AdaptiveKL,
+    BudgetedKL,
+    degenerate,
+    group_centred,
+    group_standardised,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    kl_shaped_rewards,
+    kl_straight_through,
+    leave_one_out,
+    ranked_between,
+    rewards_to_go,
+)
+from plaudit.algorithms.base import Stats
+from plaudit.algorithms.on_policy import Completion, OnPolicyAlgorithm
+from plaudit.batch import Batch
+from plaudit.data import Order
+from plaudit.losses import clipped_surrogate, clipped_weight, reinforce, sequence_surrogate
+from plaudit.numerics import standardise
+from plaudit.policy import Output
+from plaudit.settings.policy_gradient import DAPO, GRPO, RLOO, VPG, Clipped, PolicyGradient, ReinforcePP, Reusing
+
+IN_LOSS = {"k2": kl_k2, "k3": kl_k3, "straight_through": kl_straight_through}
+
+
+class PolicyGradientAlgorithm(OnPolicyAlgorithm):
+    """KL to a reference, in the reward or in the loss; entropy; completions left out of the loss. The unit is a token.
+
+    A subclass says what credit each action gets, and what the objective makes of it.
+    """
+
+    settings: PolicyGradient
+
+    def __init__(self, settings: PolicyGradient, *args: Any) -> None:
+        super().__init__(settings, *args)
+        self.controller: AdaptiveKL | BudgetedKL
+        if settings.kl_budget:
+            self.controller = BudgetedKL(settings.kl, settings.kl_budget, settings.kl_rate)
+        else:
+            self.controller = AdaptiveKL(settings.kl, settings.kl_target or None, settings.kl_horizon)
+        self.penalised = bool(settings.kl or settings.kl_target or settings.kl_budget)
+        if self.penalised:
+            self.policy.keep_reference()
+
+    # ------------------------------------------------------------------------------------------------- a rollout
+
+    def advantages(self, batch: Batch) -> Batch:
+        batch, rewards = self.measured(batch)
+        return self.kept(replace(batch, advantages=self.credit(batch, rewards)))
+
+    def credit(self, batch: Batch, rewards: Tensor) -> Tensor:
+        """(B, T) the advantage of each action, from what it earned (B, T)."""
+        raise NotImplementedError
+
+    def measured(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """The batch with what learner and reference make of it, and (B, T) what each action earned.
+
+        The policy that sampled is scored again by the learner, once: ratios then start at 1 in every precision.
+        """
+        actions, in_reward = batch.actions, self.settings.kl_term == "reward"
+        own = self.over(batch, lambda part: self.policy(part, values=True))
+        assert own.logprobs is not None
+        assert batch.logprobs is not None
+        assert batch.scores is not None
+        reference = None
+        if self.penalised:
+            with self.policy.as_reference():
+                reference = self.over(batch, self.policy).logprobs
+        kept = own.logprobs if reference is None else reference
+        self.check_start(batch.logprobs, own.logprobs, kept, actions)
+        weight = self.controller.coefficient
+        rewards = kl_shaped_rewards(batch.scores, own.logprobs, kept, actions, weight if in_reward else 0.0)
+        self.notes["kl"] = self.mean((kl_k1(own.logprobs, kept) * actions).sum(1))
+        self.controller = self.controller.updated(self.notes["kl"], self.settings.rollout)
+        # In the loss, the weight counts as it is now; in the reward, as it was when this was earned.
+        self.notes["kl_coefficient"] = weight if in_reward else self.controller.coefficient
+        kept_for_loss = None if in_reward else reference
+        return replace(batch, logprobs=own.logprobs, values=own.values, reference_logprobs=kept_for_loss), rewards
+
+    def kept(self, batch: Batch) -> Batch:
+        """Without the actions of completions that are to be left out of the loss."""
+        worst, best = self.settings.reject_worst, self.settings.reject_best
+        if not (self.settings.mask_truncated or worst or best):
+            return batch
+        assert batch.scores is not None
+        assert batch.truncated is not None
+        everywhere = torch.cat(self.world.gather([batch.scores.cpu()]))
+        mine = slice(self.world.rank * len(batch), (self.world.rank + 1) * len(batch))
+        kept = ranked_between(everywhere, worst, best)[mine].to(batch.actions.device)
+        if self.settings.mask_truncated:
+            kept &= ~batch.truncated
+        self.notes["rejected"] = 1 - self.mean(kept.float())
+        return replace(batch, actions=batch.actions & kept[:, None])
+
+    # ---------------------------------------------------------------------------------------------- the contract
+
+    def share(self, batch: Batch) -> Tensor:
+        """(B, T) what each action counts for in the loss, in units; 0 elsewhere."""
+        return batch.actions.float()
+
+    def counted(self, batch: Batch) -> Tensor:
+        """(B, T) what each action counts for in statistics: summed, the units of the batch."""
+        return self.share(batch)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Stats]:
+        output = self.model(batch, values=True, entropy=self.settings.entropy > 0)
+        loss, stats = self.objective(output, batch)
+        share, counted = self.share(batch), self.counted(batch)
+        if batch.reference_logprobs is not None:
+            reference = torch.where(batch.actions, batch.reference_logprobs, torch.zeros_like(output.logprobs))
+            apart = IN_LOSS[self.settings.kl_term](output.logprobs, reference)
+            loss = loss + self.controller.coefficient * (share * apart).sum()
+            stats["kl_loss"] = (counted * apart.detach()).sum()
+        if self.settings.entropy:
+            loss = loss - self.settings.entropy * (share * output.entropy).sum()
+            stats["entropy"] = (counted * output.entropy.detach()).sum()
+        return loss, stats
+
+    def objective(self, output: Output, batch: Batch) -> tuple[Tensor, Stats]:
+        """() the loss without KL and entropy, and its statistics, as sums over units."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "coefficient": self.controller.coefficient}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self.controller = replace(self.controller, coefficient=state["coefficient"])
+
+
+class ReusingAlgorithm(PolicyGradientAlgorithm):
+    """Several epochs over each rollout, whose rest is given up when the policy has moved too far."""
+
+    settings: Reusing
+
+    def __init__(self, settings: Reusing, *args: Any) -> None:
+        self.reuse = settings.reuse
+        super().__init__(settings, *args)
+        self.moved: list[Tensor] = []  # (sum of approximate KL, units) of this step's micro-batches
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Stats]:
+        loss, stats = super().loss(batch)
+        self.moved.append(torch.stack([stats["approx_kl"].double(), self.weight(batch).double()]))
+        return loss, stats
+
+    def after_step(self, step: int) -> None:
+        """Gives up the rest of a rollout that the policy has moved too far from."""
+        moved, units = self.world.sum(torch.stack(self.moved).sum(0)).tolist()
+        self.moved.clear()
+        if self.settings.target_kl and moved / max(units, 1) > self.settings.target_kl:
+            self.position += -self.position % self.per_rollout
+
+
+class BySequence(PolicyGradientAlgorithm):
+    """The unit is a sequence, of which each action is an equal part. A sequence left out of the loss is none."""
+
+    def weight(self, batch: Batch) -> Tensor:
+        return batch.actions.any(1).sum()
+
+    def share(self, batch: Batch) -> Tensor:
+        return batch.actions / batch.actions.sum(1, keepdim=True).clamp(min=1)
+
+    def counted(self, batch: Batch) -> Tensor:
+        return BySequence.share(self, batch)
+
+
+def everywhere(values: Tensor, batch: Batch) -> Tensor:
+    """(B,) -> (B, T): a completion's value at each of its actions."""
+    return values[:, None] * batch.actions
+
+
+# ---------------------------------------------------------------------------------------------------- one completion
+
+
+class VanillaPolicyGradient(BySequence):
+    """REINFORCE (Williams 1992): mean over completions of -(sum of log pi) * (reward - baseline)."""
+
+    settings: VPG
+
+    def __init__(self, settings: VPG, *args: Any) -> None:
+        super().__init__(settings, *args)
+        self.baseline = 0.0
+
+    def credit(self, batch: Batch, rewards: Tensor) -> Tensor:
+        gains = rewards.sum(1)
+        mean = self.mean(gains)
+        if self.settings.baseline == "ema":
+            self.baseline = 0.9 * self.baseline + 0.1 * mean
+        elif self.settings.baseline == "mean":
+            self.baseline = mean
+        self.notes["baseline"] = self.baseline
+        return everywhere(gains - self.baseline, batch)
+
+    def share(self, batch: Batch) -> Tensor:
+        return batch.actions.float()
+
+    def objective(self, output: Output, batch: Batch) -> tuple[Tensor, Stats]:
+        return reinforce(output.logprobs, batch.advantages, batch.actions)
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "baseline": self.baseline}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self.baseline = state["baseline"]
+
+
+class ReinforcePlusPlus(ReusingAlgorithm):
+    """REINFORCE++ (Hu 2025, arXiv:2501.03262): rewards to go, KL included, standardised over the whole rollout."""
+
+    settings: ReinforcePP
+
+    def credit(self, batch: Batch, rewards: Tensor) -> Tensor:
+        to_go = rewards_to_go(rewards, batch.actions)
+        if self.settings.baseline == "group":
+            to_go = to_go + (group_centred(batch.scores, self.settings.group) - batch.scores)[:, None]
+        # In double precision the mean of equal numbers is that number, so that no rounding is blown up.
+        return standardise(to_go.double(), batch.actions, summed=self.world.sum).float()
+
+    def objective(self, output: Output, batch: Batch) -> tuple[Tensor, Stats]:
+        return clipped_surrogate(
+            output.logprobs, batch.logprobs, batch.advantages, batch.actions, bounds(self.settings)
+        )
+
+
+# ------------------------------------------------------------------------------------------- a group of completions
+
+
+class LeaveOneOut(BySequence, ReusingAlgorithm):
+    """RLOO (Ahmadian et al. 2024, arXiv:2402.14740): a completion is one action, its ratio the product of all."""
+
+    settings: RLOO
+
+    def credit(self, batch: Batch, rewards: Tensor) -> Tensor:
+        return everywhere(leave_one_out(rewards.sum(1), self.settings.group), batch)
+
+    def share(self, batch: Batch) -> Tensor:
+        return batch.actions.float()
+
+    def objective(self, output: Output, batch: Batch) -> tuple[Tensor, Stats]:
+        clip = bounds(self.settings)
+        return sequence_surrogate(output.logprobs, batch.logprobs, batch.advantages, batch.actions, clip, mean=False)
+
+
+class GroupRelative(ReusingAlgorithm):
+    """Advantages within each group, over its spread; the clipped objective of PPO. What the GRPO family shares."""
+
+    settings: GRPO
+
+    def credit(self, batch: Batch, rewards: Tensor) -> Tensor:
+        return everywhere(group_standardised(rewards.sum(1), self.settings.group), batch)
+
+    def objective(self, output: Output, batch: Batch) -> tuple[Tensor, Stats]:
+        return clipped_surrogate(
+            output.logprobs,
+            batch.logprobs,
+            batch.advantages,
+            batch.actions,
+            bounds(self.settings),
+            share=self.share(batch),
+            counted=self.counted(batch),
+        )
+
+
+class GroupRelativePolicyOptimisation(BySequence, GroupRelative):
+    """GRPO (Shao et al. 2024, arXiv:2402.03300), eq. 3: the mean over completions of their tokens' means."""
+
+
+class GroupRelativeDoneRight(GroupRelativePolicyOptimisation):
+    """Dr. GRPO (Liu et al. 2025, arXiv:2503.20783): no spread to divide by, and one constant length for all."""
+
+    def credit(self, batch: Batch, rewards: Tensor) -> Tensor:
+        return everywhere(group_centred(rewards.sum(1), self.settings.group), batch)
+
+    def share(self, batch: Batch) -> Tensor:
+        return batch.actions / self.settings.max_new_tokens
+
+
+class GroupSequencePolicyOptimisation(GroupRelativePolicyOptimisation):
+    """GSPO (Zheng et al. 2025, arXiv:2507.18071), eq. 5: a completion has one ratio, the mean one of its tokens."""
+
+    def objective(self, output: Output, batch: Batch) -> tuple[Tensor, Stats]:
+        clip = bounds(self.settings)
+        return sequence_surrogate(output.logprobs, batch.logprobs, batch.advantages, batch.actions, clip, mean=True)
+
+
+class ClippedWeights(GroupRelative):
+    """CISPO (MiniMax 2025, arXiv:2506.13585), eq. 4: the mean over tokens, none of which loses its gradient."""
+
+    def objective(self, output: Output, batch: Batch) -> tuple[Tensor, Stats]:
+        return clipped_weight(output.logprobs, batch.logprobs, batch.advantages, batch.actions, bounds(self.settings))
+
+
+class DynamicSampling(GroupRelative):
+    """DAPO (Yu et al. 2025, arXiv:2503.14476), eq. 8: the mean over tokens, of prompts that teach something."""
+
+    settings: DAPO
+
+    def __init__(self, settings: DAPO, *args: Any) -> None:
+        super().__init__(settings, *args)
+        self.stream = Order(len(self.data), 1, settings.seed)
+        self.asked = 0  # prompts taken from the stream so far
+
+    def prompts(self) -> list[int]:
+        return self.following(self.settings.rollout // self.settings.group)
+
+    def following(self, count: int) -> list[int]:
+        """The next prompts of the stream."""
+        self.asked += count
+        return [self.stream[place][0] for place in range(self.asked - count, self.asked)]
+
+    def sample(self, indices: list[int]) -> list[Completion]:
+        drawn, group = self.draw(indices), self.settings.group
+        for _ in range(self.settings.refills):
+            idle = self.alike(drawn).nonzero().flatten().tolist()
+            most = max(self.world.gather([len(idle)]))
+            if not most:
+                break
+            more = self.draw(self.following(most * self.world.size), noted=False)
+            lively = (~self.alike(more)).nonzero().flatten().tolist()
+            for old, new in zip(idle, lively, strict=False):  # whichever ends first
+                drawn[old * group : (old + 1) * group] = more[new * group : (new + 1) * group]
+        return drawn
+
+    def alike(self, drawn: list[Completion]) -> Tensor:
+        """(prompts,) True where all completions earned the same."""
+        return degenerate(torch.tensor([c.score for c in drawn]), self.settings.group)
+
+    def kept(self, batch: Batch) -> Batch:
+        assert batch.scores is not None
+        alike = degenerate(batch.scores, self.settings.group).repeat_interleave(self.settings.group)
+        return super().kept(replace(batch, actions=batch.actions & ~alike[:, None]))
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "asked": self.asked}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self.asked = state["asked"]
+
+
+def bounds(settings: Clipped) -> tuple[float, float]:
+    """How far below and above 1 a ratio may lie."""
+    return settings.clip_low, settings.clip_high

@@ -1,0 +1,252 @@
+"""Settings of learning from preferences without a reward model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from annotated_types import Ge, Gt, Lt
+
+from plaudit.settings.common import Count, NotNegative, Positive, Share, Training
+
+Smoothing = Annotated[float, Ge(0), Lt(0.5)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preference(Training):
+    """What every algorithm takes that learns from preferences themselves."""
+
+    soft: ClassVar[bool] = False  # whether the loss has a use for ties, and for how many people preferred an answer
+    max_tokens: Count = 1024
+    """Answers that are longer, prompt included, are left out and counted, with those they were compared with."""
+    learning_rate: Positive = 1e-6
+    """Peak learning rate of AdamW."""
+    warmup: Share = 0.1
+    """Share of the steps over which the learning rate rises."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Referenced(Preference):
+    """What every algorithm takes that stays near the policy it began as."""
+
+    beta: Positive = 0.1
+    """How much straying from the reference costs: the smaller, the further the policy goes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precomputable(Referenced):
+    """What every algorithm takes whose reference answers the same questions in every epoch."""
+
+    precompute_reference: bool = False
+    """Compute the reference's log-probabilities once, keep them in the cache by model and data, and hold no reference
+    in memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPO(Precomputable):
+    """Direct preference optimisation: the policy is its own reward model."""
+
+    soft: ClassVar[bool] = True
+    output: str = "runs/dpo"
+    """Run folder."""
+    label_smoothing: Smoothing = 0.0
+    """Share of answers assumed to be the wrong way round (conservative DPO)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobustDPO(Precomputable):
+    """DPO whose loss is right on average although a known share of the answers is the wrong way round."""
+
+    verb: ClassVar[str] = "robust_dpo"
+    soft: ClassVar[bool] = True
+    output: str = "runs/robust_dpo"
+    """Run folder."""
+    label_smoothing: Smoothing = 0.1
+    """Share of answers that are the wrong way round."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IPO(Precomputable):
+    """Identity preference optimisation: a squared loss that stops at a margin, so that sure answers do not run away."""
+
+    soft: ClassVar[bool] = True
+    output: str = "runs/ipo"
+    """Run folder."""
+    beta: Positive = 0.1
+    """The paper's tau: where all people agree, the margin that is aimed at is 1 / (2 beta) nats a pair."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AveragedIPO(IPO):
+    """IPO with log-probabilities averaged over the tokens of each answer, as TRL has it."""
+
+    verb: ClassVar[str] = "ipo_avg"
+    output: str = "runs/ipo_avg"
+    """Run folder."""
+    beta: Positive = 1.0
+    """The paper's tau: where all people agree, the margin that is aimed at is 1 / (2 beta) nats a token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hinge(Precomputable):
+    """The hinge loss of SLiC and RSO: pairs that lead by enough teach nothing more."""
+
+    soft: ClassVar[bool] = True
+    output: str = "runs/hinge"
+    """Run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EXO(Precomputable):
+    """Efficient exact optimisation: the reverse KL divergence from what people prefer, over the two answers."""
+
+    soft: ClassVar[bool] = True
+    output: str = "runs/exo"
+    """Run folder."""
+    label_smoothing: Annotated[float, Gt(0), Lt(0.5)] = 1e-3
+    """How often the rejected answer would be preferred; the divergence needs it above 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NCA(Precomputable):
+    """Noise contrastive alignment: raises the chosen answer by itself, instead of only above the rejected one."""
+
+    output: str = "runs/nca"
+    """Run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SPPO(Precomputable):
+    """Self-play preference optimisation: each answer's log-ratio is drawn to how often people prefer it."""
+
+    soft: ClassVar[bool] = True
+    output: str = "runs/sppo"
+    """Run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AOT(Precomputable):
+    """Alignment via optimal transport: compares the margins of a batch as distributions, by sorting them."""
+
+    output: str = "runs/aot"
+    """Run folder."""
+    label_smoothing: Smoothing = 0.0
+    """Share of answers assumed to be the wrong way round."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class APOZero(Precomputable):
+    """Anchored preference optimisation, up and down: for chosen answers better than the model's own."""
+
+    verb: ClassVar[str] = "apo_zero"
+    output: str = "runs/apo_zero"
+    """Run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class APODown(Precomputable):
+    """Anchored preference optimisation, downwards: for chosen answers worse than the model's own."""
+
+    verb: ClassVar[str] = "apo_down"
+    output: str = "runs/apo_down"
+    """Run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscoPOP(Precomputable):
+    """The loss that a language model discovered: logistic and exponential, mixed by how far a pair leads."""
+
+    output: str = "runs/discopop"
+    """Run folder."""
+    tau: Positive = 0.05
+    """Temperature of the mixture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RRHF(Preference):
+    """Rank responses to align: answers are put in people's order, and the best is imitated."""
+
+    output: str = "runs/rrhf"
+    """Run folder."""
+    learning_rate: Positive = 2e-5
+    """Peak learning rate of AdamW."""
+    rank_weight: Positive = 1.0
+    """Weight of the ranking loss beside the imitation of the best answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CPO(Preference):
+    """Contrastive preference optimisation: DPO without a reference, and imitation of the chosen answer."""
+
+    soft: ClassVar[bool] = True
+    output: str = "runs/cpo"
+    """Run folder."""
+    beta: Positive = 0.1
+    """Scale of the log-probabilities that are compared."""
+    label_smoothing: Smoothing = 0.0
+    """Share of answers assumed to be the wrong way round."""
+    sft_weight: NotNegative = 1.0
+    """Weight of imitating the chosen answer, in nats a token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimPO(Preference):
+    """Simple preference optimisation: average log-probabilities, a margin to reach, no reference."""
+
+    output: str = "runs/simpo"
+    """Run folder."""
+    beta: Positive = 2.0
+    """Scale of the average log-probabilities that are compared."""
+    gamma: NotNegative = 1.0
+    """By how much the chosen answer's reward is to lead."""
+    label_smoothing: Smoothing = 0.0
+    """Share of answers assumed to be the wrong way round."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ORPO(Preference):
+    """Odds ratio preference optimisation: imitation of the chosen answer and better odds than the rejected one's."""
+
+    output: str = "runs/orpo"
+    """Run folder."""
+    learning_rate: Positive = 8e-6
+    """Peak learning rate of AdamW."""
+    beta: Positive = 0.1
+    """Weight of the odds ratio beside the imitation; the paper's lambda."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KTO(Referenced):
+    """Kahneman-Tversky optimisation: learns from single answers that people found good or bad."""
+
+    output: str = "runs/kto"
+    """Run folder."""
+    batch_size: Annotated[int, Ge(2)] = 64
+    """Answers that one optimizer step sees, over all processes; the KL estimate needs at least two."""
+    desirable_weight: Positive = 1.0
+    """Weight of good answers."""
+    undesirable_weight: Positive = 1.0
+    """Weight of bad answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BCO(Precomputable):
+    """Binary classifier optimisation: the implicit reward tells good answers from bad ones."""
+
+    output: str = "runs/bco"
+    """Run folder."""
+    match_prompts: bool = False
+    """Weigh bad answers by how much their prompts look like those of good ones (underlying distribution matching)."""
+    prompt_sample_size: Count = 1024
+    """Prompts of each kind that the classifier of prompts is fitted to."""
+    min_density_ratio: Positive = 0.5
+    """Weights are not smaller than this."""
+    max_density_ratio: Positive = 10.0
+    """Weights are not larger than this."""
+
+    def __post_init__(self) -> None:
+        if self.min_density_ratio > self.max_density_ratio:
+            raise ValueError(
+                f"min_density_ratio ({self.min_density_ratio}) must not exceed max_density_ratio "
+                f"({self.max_density_ratio})."
+            )

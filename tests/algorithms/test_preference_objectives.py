@@ -1,0 +1,49 @@
+"""What the preference algorithms read of each answer, by hand: sums where lengths differ, averages, imitation."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from plaudit import settings as verbs
+from plaudit.algorithms import preference
+from plaudit.batch import collate
+
+COMMON = {"model": "", "data": ""}
+
+
+def told(cls, settings):
+    """(loss, statistics) of a pair whose chosen answer has one token and whose rejected one has three."""
+    batch = collate([[5], [5]], [[6], [6, 7, 8]], [0, 0])
+    logprobs = torch.tensor([[9.0, -0.5, 9.0, 9.0], [9.0, -1.0, -2.0, -3.0]], dtype=torch.float64)
+    kept = torch.tensor([[9.0, -0.7, 9.0, 9.0], [9.0, -0.8, -1.6, -2.4]], dtype=torch.float64)
+    batch = dataclasses.replace(batch, reference_logprobs=kept, targets=torch.tensor([1.0, 0.0]))
+    algorithm = cls.__new__(cls)
+    algorithm.settings = settings
+    assert algorithm.weight(batch).item() == 1
+    loss, stats = algorithm.objective(logprobs, batch)
+    return loss.item(), {name: value.item() for name, value in stats.items()}
+
+
+def test_ipo_reads_sums_or_averages():
+    # log-ratios: 0.2 for the chosen, -1.2 for the rejected, or -0.4 on average
+    loss, _ = told(preference.IdentityPreference, verbs.IPO(beta=0.25, **COMMON))
+    assert loss == pytest.approx((0.2 + 1.2 - 2) ** 2)
+    loss, _ = told(preference.AveragedIdentityPreference, verbs.AveragedIPO(beta=0.25, **COMMON))
+    assert loss == pytest.approx((0.2 + 0.4 - 2) ** 2)
+
+
+def test_cpo_reads_sums_and_imitates_the_chosen():
+    loss, stats = told(preference.ContrastivePreference, verbs.CPO(beta=0.4, sft_weight=3.0, **COMMON))
+    pair = torch.nn.functional.softplus(torch.tensor(-0.4 * (-0.5 + 6))).item()
+    assert loss == pytest.approx(pair + 3.0 * 0.5, rel=1e-6)
+    assert stats["chosen_nll"] == pytest.approx(0.5)
+
+
+def test_simpo_and_orpo_read_averages():
+    loss, _ = told(preference.SimplePreference, verbs.SimPO(beta=2.0, gamma=1.0, **COMMON))
+    assert loss == pytest.approx(torch.nn.functional.softplus(torch.tensor(-(2.0 * 1.5 - 1.0))).item(), rel=1e-6)
+    loss, _ = told(preference.OddsRatio, verbs.ORPO(beta=0.3, **COMMON))
+    chosen, rejected = torch.tensor([-0.5, -2.0], dtype=torch.float64).exp()
+    odds = (chosen / (1 - chosen)) / (rejected / (1 - rejected))
+    assert loss == pytest.approx(0.5 - 0.3 * torch.sigmoid(odds.log()).log().item())
