@@ -229,13 +229,12 @@ def _check_readable(settings: Reward, policy: Policy, texts: list[list[int]]) ->
         )
 
 
-def _on_policy(settings: OnPolicy, world: World, template: Template, *items: list[Any]) -> Algorithm:
+def on_policy_classes() -> dict[type, type[Algorithm]]:
+    """The algorithm of each settings class that samples."""
     from plaudit.algorithms import online, ppo
     from plaudit.algorithms import policy_gradient as known
-    from plaudit.rewards import load_rewards
-    from plaudit.sampler import LocalSampler
 
-    kinds: dict[type, Callable[..., Algorithm]] = {
+    return {
         PPO: ppo.ProximalPolicyOptimisation,
         VPG: known.VanillaPolicyGradient,
         RLOO: known.LeaveOneOut,
@@ -248,6 +247,12 @@ def _on_policy(settings: OnPolicy, world: World, template: Template, *items: lis
         OnlineDPO: online.OnlineDirectPreference,
         BestOfN: online.BestOfSeveral,
     }
+
+
+def _on_policy(settings: OnPolicy, world: World, template: Template, *items: list[Any]) -> Algorithm:
+    from plaudit.rewards import load_rewards
+    from plaudit.sampler import LocalSampler
+
     policy = _policy(settings, world, value_head=isinstance(settings, PPO))
     rewards = load_rewards(
         settings.rewards,
@@ -260,7 +265,8 @@ def _on_policy(settings: OnPolicy, world: World, template: Template, *items: lis
         tokens_per_pass=settings.tokens_per_pass,
     )
     sampler = LocalSampler(policy.backbone, template.decode, dtype=world.sampling_dtype)
-    return kinds[type(settings)](settings, world, policy, template, sampler, rewards, *items)
+    algorithm: Callable[..., Algorithm] = on_policy_classes()[type(settings)]
+    return algorithm(settings, world, policy, template, sampler, rewards, *items)
 
 
 def _ilql(settings: ILQL, world: World, template: Template, *items: list[Any]) -> Algorithm:
@@ -270,11 +276,12 @@ def _ilql(settings: ILQL, world: World, template: Template, *items: list[Any]) -
     return ImplicitLanguageQLearning(settings, world, _policy(settings, world, action_heads=True), *logged)
 
 
-def _preference(settings: preference.Preference, world: World, template: Template, *items: list[Any]) -> Algorithm:
+def preference_classes() -> dict[type, type[Algorithm]]:
+    """The algorithm of each settings class that learns from preferences."""
     from plaudit.algorithms import preference as paired
     from plaudit.algorithms import unpaired
 
-    kinds: dict[type, Callable[..., Algorithm]] = {
+    return {
         preference.DPO: paired.DirectPreference,
         preference.RobustDPO: paired.RobustDirectPreference,
         preference.IPO: paired.IdentityPreference,
@@ -294,7 +301,11 @@ def _preference(settings: preference.Preference, world: World, template: Templat
         preference.KTO: unpaired.KahnemanTversky,
         preference.BCO: unpaired.BinaryClassifier,
     }
-    return kinds[type(settings)](settings, world, _policy(settings, world), *items)
+
+
+def _preference(settings: preference.Preference, world: World, template: Template, *items: list[Any]) -> Algorithm:
+    algorithm: Callable[..., Algorithm] = preference_classes()[type(settings)]
+    return algorithm(settings, world, _policy(settings, world), *items)
 
 
 # --------------------------------------------------------------------------------------------------------- figures

@@ -42,7 +42,7 @@ MOST_POINTS = 300  # of a curve that are drawn, so that a long run's page stays 
 METRICS = {
     "loss": ("Loss", ""),
     "nll": ("Loss", "nats per token"),
-    "accuracy": ("Accuracy", "share of pairs"),
+    "accuracy": ("Accuracy", "share that is right"),
     "score": ("Score", "mean of the rollout"),
     "judge": ("Judge", "mean"),
     "kl": ("KL to the reference", "nats per completion"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import io
 import json
 import re
@@ -292,3 +293,21 @@ def test_a_broken_example_is_noticed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split("sft --model my-model --data demonstrations.jsonl")) == 2
     assert "there is no file 'demonstrations.jsonl'" in capsys.readouterr().err
+
+
+def test_the_readme_counts_the_lines_of_each_algorithm():
+    from plaudit import families
+    from plaudit.algorithms import ilql, reward, sft
+
+    classes = {
+        **families.preference_classes(),
+        **families.on_policy_classes(),
+        VERBS["sft"]: sft.SupervisedFineTuning,
+        VERBS["reward"]: reward.FromComparisons,
+        VERBS["ilql"]: ilql.ImplicitLanguageQLearning,
+    }
+    lines = {verb: len(inspect.getsource(classes[cls]).splitlines()) for verb, cls in VERBS.items() if cls in classes}
+    rows = re.findall(
+        r"^\| \[`(\w+)`\]\(docs/\w+\.md\) \|.*\| (\d+) \|$", (ROOT / "README.md").read_text("utf-8"), re.M
+    )
+    assert {verb: int(count) for verb, count in rows} == lines
