@@ -17,14 +17,36 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from guard import Guard
-
 import plaudit
+from guard import Guard
 from plaudit.settings import VERBS
 
-ALGORITHMS = "ppo vpg rloo reinforce_pp grpo dr_grpo dapo gspo cispo online_dpo best_of_n".split()
+ALGORITHMS = [
+    "ppo",
+    "vpg",
+    "rloo",
+    "reinforce_pp",
+    "grpo",
+    "dr_grpo",
+    "dapo",
+    "gspo",
+    "cispo",
+    "online_dpo",
+    "best_of_n",
+]
 ROLLOUT, BATCH = 128, 64
-COLUMNS = "seconds judge win_rate win_rate_low win_rate_high kl distinct_2 perplexity reward completion_tokens".split()
+COLUMNS = [
+    "seconds",
+    "judge",
+    "win_rate",
+    "win_rate_low",
+    "win_rate_high",
+    "kl",
+    "distinct_2",
+    "perplexity",
+    "reward",
+    "completion_tokens",
+]
 
 
 def settings_of(verb: str, base: Path, output: Path, samples: int, seed: int) -> Any:
