@@ -113,18 +113,30 @@ def place(folder: Path) -> Path:
 
 # What learns from its own samples, each with other parts of what they share in use.
 BUDGET = {"kl_target": 0.0, "kl_budget": 0.1, "kl_rate": 0.1}
+OFTEN = {"stop": tuple("?! ETAOINSHRDLUCMFWYPVBetaoinshrdlucmfwypvb")}  # about half of the completions end then
 SAMPLED: dict[str, tuple[Any, dict[str, Any]]] = {
-    "vpg": (VPG, {}),
+    "vpg": (VPG, {"batch_size": 8}),
     "rloo": (RLOO, {"reject_worst": 0.25}),
-    "reinforce_pp": (ReinforcePP, {"baseline": "group", "entropy": 0.01, **BUDGET}),
-    "grpo": (GRPO, {"entropy": 0.01}),
-    "dr_grpo": (DrGRPO, {"kl_term": "k2", "reject_best": 0.2}),
+    "reinforce_pp": (ReinforcePP, {"baseline": "group", "entropy": 0.01, "mask_truncated": True, **OFTEN, **BUDGET}),
+    "grpo": (GRPO, {"entropy": 0.01, "gradient_checkpointing": True}),
+    "dr_grpo": (DrGRPO, {"kl_term": "k2", "reject_best": 0.2, "reward_normalise": False, "reward_scale": True}),
     "dapo": (DAPO, {"kl": 0.0, "kl_target": 0.0, "overlong": 0.5}),
     "gspo": (GSPO, {"kl_term": "reward", "train_layers": 1}),
     "cispo": (CISPO, {"kl_term": "straight_through", "clip_high": 0.1}),
     "online_dpo": (OnlineDPO, {"label_smoothing": 0.1}),
     "best_of_n": (BestOfN, {"rollout": 16, "batch_size": 8}),
 }
+
+
+# What learns from preferences, where a setting is in use that the others leave alone.
+PREFERRED: dict[str, dict[str, Any]] = {
+    "robust_dpo": {"precompute_reference": True},
+    "hinge": {"lora_rank": 2},
+    "exo": {"precompute_reference": True, "train_layers": 1},
+    "bco": {"match_prompts": True},
+    "simpo": {"gradient_checkpointing": True},
+}
+ENCDEC = ("sft-encdec", "ppo-encdec", "dpo-encdec", "grpo-encdec")
 
 
 def settings(kind: str, at: Path, output: Path, **changes: Any) -> Any:
@@ -139,8 +151,9 @@ def settings(kind: str, at: Path, output: Path, **changes: Any) -> Any:
         "holdout": 0.0,
     }
     taught = {"model": str(at / "dropping"), "dropout": True, "batch_size": 4, "schedule": "cosine", "warmup": 0.3}
-    if kind in ("sft", "sft-encdec"):
-        taught |= {"model": str(at / "encdec")} if kind == "sft-encdec" else {}
+    if kind in ENCDEC:
+        return settings(kind.removesuffix("-encdec"), at, output, **{"model": str(at / "encdec"), **changes})
+    if kind == "sft":
         data = {"data": str(at / "demonstrations.jsonl"), "eval_data": str(at / "demonstrations.jsonl")}
         return SFT(**{**common, **taught, **data, "epochs": 2.4, "evaluate_every": 2, **changes})
     if kind in ("comparisons", "rankings", "ratings", *JUDGED):
@@ -152,11 +165,12 @@ def settings(kind: str, at: Path, output: Path, **changes: Any) -> Any:
             data["model"] = str(at / "encoder")
         return Reward(**{**common, **taught, **data, "steps": 5, "evaluate_every": 2, **changes})
     if kind in PREFERENCES:
-        data = {"data": str(at / "comparisons.jsonl"), "eval_data": str(at / "comparisons.jsonl")}
+        file = str(at / ("labels.jsonl" if kind == "bco" else "comparisons.jsonl"))
+        data = {"data": file, "eval_data": file}
         every = 2 if kind in ("dpo", "aot", "kto", "bco", "rrhf") else 0  # the others differ from dpo in a formula
         given = {"model": str(at / "dropping"), "batch_size": 4, "steps": 5, "evaluate_every": every, **data}
         given["tokens_per_pass"] = 96
-        return PREFERENCES[kind](**{**common, **given, **changes})
+        return PREFERENCES[kind](**{**common, **given, **PREFERRED.get(kind, {}), **changes})
     if kind == "ilql":
         data = {"data": str(at / "ratings.jsonl"), "eval_data": str(at / "ratings.jsonl"), "model": str(at / "model")}
         return ILQL(**{**common, "batch_size": 4, "steps": 5, "polyak": 0.3, "awac_beta": 0.5, **data, **changes})
@@ -186,8 +200,8 @@ def settings(kind: str, at: Path, output: Path, **changes: Any) -> Any:
         known = {field.name for field in dataclasses.fields(algorithm)}
         given = {name: value for name, value in {**common, **sampled, **fewer}.items() if name in known}
         return algorithm(**{**given, **own, **changes})
-    ways = {"ppo": {}, "ppo-top": {"train_layers": 1}, "ppo-adapter": {"lora_rank": 2}}
-    ways["ppo-encdec"] = {"model": str(at / "encdec")}
+    ways: dict[str, dict[str, Any]] = {"ppo": {}, "ppo-top": {"train_layers": 1}, "ppo-adapter": {"lora_rank": 2}}
+    ways["ppo-top"] |= {"dual_clip": 1.3, "whiten_rewards": True}
     return PPO(**{**common, **sampled, **ways[kind], **changes})
 
 
@@ -201,4 +215,4 @@ def built(settings: Any) -> Any:
 
 
 KINDS = ("sft", "comparisons", "rankings", "ratings", *JUDGED, "ppo", "ppo-top", "ppo-adapter", *SAMPLED, *PREFERENCES)
-KINDS += ("ilql", "sft-encdec", "ppo-encdec")
+KINDS += ("ilql", *ENCDEC)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from plaudit.checks import read_config
 from plaudit.errors import PlauditError
@@ -25,7 +27,9 @@ def owner_of_layers(base: nn.Module) -> nn.Module:
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 return module
-    raise PlauditError(f"cannot find the {count} layers of {type(base).__name__}: train all of it instead of its top.")
+    raise PlauditError(
+        f"cannot find the {count} layers of {type(base).__name__}: set neither train_layers nor gradient_checkpointing."
+    )
 
 
 def layers_of(base: nn.Module) -> nn.ModuleList:
@@ -42,6 +46,21 @@ def tail_of(base: nn.Module) -> dict[str, nn.Module]:
     names = [name for name, _ in owner.named_children()]
     after = names[[child is stack for child in owner.children()].index(True) + 1 :]
     return {name: getattr(owner, name) for name in after if any(True for _ in getattr(owner, name).parameters())}
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """From now on each layer keeps for the backward pass only what came into it, and is computed again there (Chen et
+    al. 2016, arXiv:1604.06174). No number changes, and passes without gradients take no notice."""
+    bases = [model.get_encoder(), model.get_decoder()] if model.config.is_encoder_decoder else [model.base_model]
+    for layer in (layer for base in bases for layer in layers_of(base)):
+        # transformers' own way works in training mode alone, which would bring dropout with it.
+        layer.forward = partial(_checkpointed, layer.forward)
+
+
+def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def heads_of(model: nn.Module) -> dict[str, nn.Module]:

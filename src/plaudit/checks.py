@@ -201,8 +201,14 @@ def check_reward(settings: Reward, kind: str, ratings: Sequence[Sequence[float]]
         )
 
 
-def check_rollout(rollout: int, batch_size: int, group: int) -> None:
-    """Raises PlauditError unless a rollout is whole batches of whole groups."""
+def check_rollout(rollout: int, batch_size: int, group: int, once: bool = False) -> None:
+    """Raises PlauditError unless a rollout is whole batches of whole groups; one batch, where it is to be learned from
+    at `once`."""
+    if once and rollout != batch_size:
+        raise PlauditError(
+            f"batch_size ({batch_size}) must be rollout ({rollout}): nothing here corrects for a policy that has moved "
+            "since it sampled."
+        )
     if rollout % batch_size:
         raise PlauditError(f"batch_size ({batch_size}) must divide rollout ({rollout}).")
     if batch_size % group:

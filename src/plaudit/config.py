@@ -62,6 +62,15 @@ def _nearest(name: str, names: Sequence[str]) -> str:
     return get_close_matches(name, names, n=1, cutoff=0)[0]
 
 
+def _of_others(name: str) -> str:
+    """Which verbs have this setting, where one asks another for it."""
+    from plaudit.settings import VERBS
+
+    verbs = [verb for verb, cls in VERBS.items() if name in (field.name for field in fields(cls))]
+    more = " and others" if len(verbs) > 3 else ""
+    return f"that is a setting of {', '.join(verbs[:3])}{more}" if verbs else ""
+
+
 @cache
 def _hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls, include_extras=True)
@@ -83,8 +92,8 @@ def _values(cls: type[DataclassInstance], mapping: Mapping[str, Any], where: str
     values = {name: value for name, value in mapping.items() if name != "verb"}
     for name in values:
         if name not in names:
-            nearest = _nearest(name.replace("-", "_"), names)
-            raise PlauditError(f"{where}: `{verb}` has no setting `{name}`; the nearest is `{nearest}`.")
+            hint = _of_others(name) or f"the nearest is `{_nearest(name.replace('-', '_'), names)}`"
+            raise PlauditError(f"{where}: `{verb}` has no setting `{name}`; {hint}.")
     return {name: _validated(cls, name, value, where) for name, value in values.items()}
 
 
@@ -290,7 +299,7 @@ def _words(cls: type[DataclassInstance], argv: Sequence[str], prog: str) -> tupl
             continue
         if name not in known:
             nearest = _nearest(name, [*names, "config"]).replace("_", "-")
-            raise PlauditError(f"{prog}: there is no flag {flag}; the nearest is --{nearest}.")
+            raise PlauditError(f"{prog}: there is no flag {flag}; {_of_others(name) or f'the nearest is --{nearest}'}.")
         if name in switches and (value or "".join(queue[:1])).lower() in ("true", "false"):
             on = (value or queue.pop(0)).lower() == "true"
             words.append(flag if on else f"--no-{name.replace('_', '-')}")

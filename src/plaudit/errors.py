@@ -6,3 +6,7 @@ class PlauditError(Exception):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class SharedError(PlauditError):
+    """One that all processes of a run raise at the same place, so that they can still do something together."""

@@ -86,7 +86,10 @@ def _memory(settings: Training) -> list[str]:
     text = config.get_text_config()
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     # What a layer keeps for the backward pass, part of it in two bytes, part in four.
-    activations = settings.tokens_per_pass * len(trained) * (8 * text.hidden_size + 4 * inner) * 3
+    kept = len(trained) * (8 * text.hidden_size + 4 * inner) * 3
+    if settings.gradient_checkpointing:  # what comes into each layer, and all of the one that is computed again
+        kept = kept // len(trained) + len(trained) * 4 * text.hidden_size
+    activations = settings.tokens_per_pass * kept
     return [
         f"{total:,} weights, of which {learning:,} learn; "
         f"computing in {machine.precision(settings.precision, settings.device)}.",

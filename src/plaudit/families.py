@@ -4,7 +4,7 @@ place that knows every class; they load when they are asked for."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from plaudit.algorithms.base import Algorithm
     from plaudit.algorithms.on_policy import Asked
     from plaudit.policy import Policy
-    from plaudit.templates import Template
+    from plaudit.templates import Encoded, Template
     from plaudit.world import World
 
 Build = Callable[[Any, "World", "Template", list[Any], list[Any]], "Algorithm"]
@@ -38,7 +38,8 @@ class Family:
     encode   records -> items, whose `len` is in tokens
     figures  what the run's summary says beside its cost
     cut      settings and items -> items, where some are to be cut before their length is looked at
-    convert  settings and records -> records in the form that is learned from, and sentences about what was left out
+    convert  settings, records, and the setting that names these -> records in the form that is learned from, and
+             sentences about what was left out
     """
 
     unit: str
@@ -48,7 +49,7 @@ class Family:
     build: Build
     figures: Callable[[Any, Run], dict[str, Any]]
     cut: Callable[[Any, list[Any]], list[Any]] = lambda settings, items: items
-    convert: Callable[[Any, list[Any]], tuple[list[Any], list[str]]] = lambda settings, records: (records, [])
+    convert: Callable[[Any, list[Any], str], tuple[list[Any], list[str]]] = lambda _, records, name: (records, [])
 
 
 def family_of(settings: Training) -> Family:
@@ -166,6 +167,15 @@ def _policy(settings: Training, world: World, value_head: bool = False, action_h
         value_head=value_head,
         action_heads=action_heads,
     )
+    return _ready(settings, world, policy)
+
+
+def _ready(settings: Training, world: World, policy: Policy) -> Policy:
+    """The policy where it is going to learn, and as sparing of memory as it is to be."""
+    from plaudit.backbone import checkpoint_layers
+
+    if settings.gradient_checkpointing:
+        checkpoint_layers(policy.backbone)
     return policy.to(world.device)
 
 
@@ -175,6 +185,7 @@ def _sft(settings: SFT, world: World, template: Template, *items: list[Any]) -> 
     policy = _policy(settings, world)
     if policy.encodes and settings.learn == "all":
         raise PlauditError("learn: an encoder-decoder model reads prompts and writes completions: take `completion`.")
+    _check_readable(settings, policy, _lengths(policy, items[0] + items[1]))
     policy.train(settings.dropout)
     return SupervisedFineTuning(settings, world, policy, *items)
 
@@ -202,8 +213,10 @@ def _reward(settings: Reward, world: World, template: Template, *items: list[Any
         train_layers=settings.train_layers,
         lora_rank=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
-    ).to(world.device)
-    _check_readable(settings, policy, [text for item in items[0] + items[1] for text in item.texts] + anchor)
+    )
+    policy = _ready(settings, world, policy)
+    texts = [text for item in items[0] + items[1] for text in item.texts] + anchor
+    _check_readable(settings, policy, map(len, texts))
     policy.train(settings.dropout)
     return algorithm(settings, world, policy, *items, anchor)
 
@@ -217,11 +230,17 @@ def _anchor(settings: Reward, template: Template) -> list[list[int]]:
     return data.within(texts, len, settings.max_tokens, "demonstration of normalise_on")[0]
 
 
-def _check_readable(settings: Reward, policy: Policy, texts: list[list[int]]) -> None:
+def _lengths(policy: Policy, texts: Iterable[Encoded]) -> Iterator[int]:
+    """Of what the model reads at once: prompt and answer together, or one after the other in an encoder-decoder."""
+    for text in texts:
+        yield from (len(text.prompt), len(text.completion)) if policy.encodes else (len(text),)
+
+
+def _check_readable(settings: Any, policy: Policy, lengths: Iterable[int]) -> None:
     """Raises PlauditError for a text that the model has no positions for."""
     from plaudit.backbone import limit_of
 
-    limit, longest = limit_of(policy.backbone), max(map(len, texts))
+    limit, longest = limit_of(policy.backbone), max(lengths)
     if longest > limit:
         raise PlauditError(
             f"max_tokens: a text has {longest} tokens, and {settings.model!r} reads at most {limit}: "
@@ -272,8 +291,10 @@ def _on_policy(settings: OnPolicy, world: World, template: Template, *items: lis
 def _ilql(settings: ILQL, world: World, template: Template, *items: list[Any]) -> Algorithm:
     from plaudit.algorithms.ilql import ImplicitLanguageQLearning, normalised
 
+    policy = _policy(settings, world, action_heads=True)
+    _check_readable(settings, policy, _lengths(policy, items[0] + items[1]))
     logged = normalised(*items) if settings.reward_normalise else items
-    return ImplicitLanguageQLearning(settings, world, _policy(settings, world, action_heads=True), *logged)
+    return ImplicitLanguageQLearning(settings, world, policy, *logged)
 
 
 def preference_classes() -> dict[type, type[Algorithm]]:
@@ -304,8 +325,11 @@ def preference_classes() -> dict[type, type[Algorithm]]:
 
 
 def _preference(settings: preference.Preference, world: World, template: Template, *items: list[Any]) -> Algorithm:
+    policy = _policy(settings, world)
+    answers = [answer for item in items[0] + items[1] for answer in item.encoded]
+    _check_readable(settings, policy, _lengths(policy, answers))
     algorithm: Callable[..., Algorithm] = preference_classes()[type(settings)]
-    return algorithm(settings, world, _policy(settings, world), *items)
+    return algorithm(settings, world, policy, *items)
 
 
 # --------------------------------------------------------------------------------------------------------- figures
@@ -341,10 +365,10 @@ _PREFERENCE = Family(
     encode=_answered,
     build=_preference,
     figures=_told_apart,
-    convert=lambda settings, records: pairing.comparisons(records, settings.soft),
+    convert=lambda settings, records, name: pairing.comparisons(records, settings.soft, name),
 )
-_SINGLE = replace(_PREFERENCE, unit="answer", convert=lambda settings, records: pairing.thumbs(records))
-_RANKED = replace(_PREFERENCE, unit="ranking", convert=lambda settings, records: pairing.rankings(records))
+_SINGLE = replace(_PREFERENCE, unit="answer", convert=lambda _, records, name: pairing.thumbs(records, name))
+_RANKED = replace(_PREFERENCE, unit="ranking", convert=lambda _, records, name: pairing.rankings(records, name))
 
 FAMILIES: dict[type, Family] = {
     SFT: Family("demonstration", "max_tokens", lambda _: Demonstration, _demonstrated, _sft, _before_and_after, _cut),

@@ -273,11 +273,18 @@ def _finish(policy: Policy, name: str, precision: str) -> Policy:
 @torch.no_grad()
 def _probe(policy: Policy) -> None:
     """Tries on a few tokens what cannot be known from a config: whether packed rows give this model's own answers,
-    and whether its head is one matrix. What fails is not used; the plain way is always right."""
+    and whether its head is one matrix. What fails is not used; the plain way is always right. Raises PlauditError for a
+    language model whose states depend on what comes later."""
     spread = range(3, min(policy.config.get_text_config().vocab_size, 400), 7)
     ids = list(spread)[:8] if len(spread) >= 8 else [1] * 8
     batch = collate([ids[:3], ids[:3]], [ids[3:6], ids[6:8]], groups=[0, 0]).to(policy.device)
     plain, _ = policy._run(batch, _plain(policy, batch))
+    continues = not policy.encodes and not hasattr(policy.backbone, "score")
+    if continues and not _looks_back(batch, plain):
+        raise PlauditError(
+            f"model: {policy.backbone.name_or_path!r} ({type(policy.backbone).__name__}) looks both ways, so it cannot "
+            "continue a text: take a causal or an encoder-decoder model."
+        )
     if policy.rearranges:
         policy.rearranges = _packs(policy, batch, plain)
     if policy.plain_head:
@@ -287,6 +294,13 @@ def _probe(policy: Policy) -> None:
 def _plain(policy: Policy, batch: Batch) -> Layout:
     """The arrangement that is always right."""
     return arrange(batch) if policy.encodes else padded(batch, policy.width)
+
+
+def _looks_back(batch: Batch, plain: torch.Tensor) -> bool:
+    """Whether two rows that begin alike have the same states until they differ."""
+    begun = int(batch.actions[0].int().argmax())
+    first, second = plain.view(*batch.tokens.shape, -1)[:, :begun]
+    return bool((first - second).abs().max() <= 1e-5 * first.abs().max())
 
 
 def _packs(policy: Policy, batch: Batch, plain: torch.Tensor) -> bool:

@@ -174,6 +174,8 @@ def sequence_surrogate(
     log_ratio, gain = _moved(logprobs, old_logprobs, advantages, actions)
     lengths = actions.sum(1).clamp(min=1)
     whole = log_ratio.sum(1) / lengths if mean else log_ratio.sum(1)
+    # A long sequence can move by more than a float holds; behind a clip, infinity times 0 would still be NaN.
+    whole = whole.clamp(-20, 20)
     loss, stats = _clipped(whole.exp(), gain.sum(1) / lengths, whole, actions.any(1), clip)
     near = log_ratio.detach()
     return loss, stats | {"approx_kl": ((torch.expm1(near) - near).sum(1) / lengths).sum()}

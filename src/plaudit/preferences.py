@@ -141,7 +141,8 @@ def discopop(chosen: Tensor, rejected: Tensor, beta: float, tau: float = 0.05) -
     """
     lead = beta * (chosen - rejected)
     mixture = torch.sigmoid(lead / tau)
-    loss = -logsigmoid(lead) * (1 - mixture) + torch.exp(-lead) * mixture
+    # exp(-x) m as one exponential: far behind, the first factor is infinite and the second 0.
+    loss = -logsigmoid(lead) * (1 - mixture) + torch.exp(logsigmoid(lead / tau) - lead)
     return loss.sum(), pair_figures(beta * chosen, beta * rejected)
 
 
@@ -198,7 +199,8 @@ def rrhf(averages: Tensor, totals: Tensor, ranks: Tensor, groups: Tensor, rank_w
     best = ~above.any(0)
     share = best / (same & best[None, :]).sum(1).to(lead.dtype)
     loss = rank_weight * wrong - (share * totals).sum()
-    part = above / (same.to(lead.dtype) @ above.sum(1).to(lead.dtype)).clamp(min=1)[:, None]
+    with torch.autocast(lead.device.type, enabled=False):  # counts, which bfloat16 would round
+        part = above / (same.to(lead.dtype) @ above.sum(1).to(lead.dtype)).clamp(min=1)[:, None]
     right = (1 + torch.sign(lead.detach())) / 2
     return loss, {"accuracy": (part * right).sum(), "margin": (part * lead.detach()).sum()}
 

@@ -18,7 +18,7 @@ from plaudit.records import Demonstration, Loaded
 from plaudit.run import Run
 from plaudit.settings import SFT, Reward
 from plaudit.settings.common import Common, Training
-from plaudit.settings.policy_gradient import OnPolicy
+from plaudit.settings.policy_gradient import VPG, OnPolicy
 from plaudit.settings.scratch import Scratch, described
 
 if TYPE_CHECKING:
@@ -111,14 +111,15 @@ def _fit(settings: Training, loaded: Data, run: Run, world: World | None) -> Non
 
 @contextmanager
 def opened(settings: Common, free: Collection[str]) -> Iterator[Run]:
-    """The run of these settings. Where a mistake ends it before anything is done, the settings are not kept: the
-    corrected command would be refused for differing from them."""
+    """The run of these settings. Where a mistake ends it before its first step is done, the settings are not kept: the
+    corrected command would be refused for differing from them. What was evaluated before that step is done again."""
     named = config.verb_of(type(settings))
     with Run.open(settings.output, {"verb": named, **dataclasses.asdict(settings)}, free) as run:
         try:
             yield run
         except PlauditError:
-            if not (run.finished or run.metrics() or run.checkpoints.exists()):
+            learned = any(row["step"] for row in run.metrics()) or run.checkpoints.exists()
+            if not (run.finished or learned):
                 (run.folder / "config.yaml").unlink()
             raise
 
@@ -148,7 +149,7 @@ def prepare(settings: Training) -> tuple[Training, Data]:
     checks.check_processes(settings.batch_size, machine.processes()[1])
     if isinstance(settings, OnPolicy):
         checks.check_rewards(listed(settings.rewards))
-        checks.check_rollout(settings.rollout, settings.batch_size, settings.group)
+        checks.check_rollout(settings.rollout, settings.batch_size, settings.group, once=isinstance(settings, VPG))
         checks.check_learning_from_samples(settings)
     loaded = load_records(settings)
     if isinstance(settings, Reward):
@@ -163,11 +164,11 @@ def load_records(settings: Training) -> Data:
     family = family_of(settings)
     kind = family.record(settings)
     loaded = data.load(settings.data, kind, settings.split)
-    records, more = family.convert(settings, loaded.records)
+    records, more = family.convert(settings, loaded.records, "data")
     notes = left_out(loaded) + more
     if settings.eval_data is not None:
         other = data.load(settings.eval_data, kind, settings.split)
-        held, more = family.convert(settings, other.records)
+        held, more = family.convert(settings, other.records, "eval_data")
         training, notes = records, notes + left_out(other) + more
     else:
         training, held = _held_out(records, settings.holdout)

@@ -27,10 +27,11 @@ from plaudit.run import write_atomically
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Something to be answered."""
+    """Something to be answered; `where` it stands in the data, as "prompts.jsonl:17"."""
 
     prompt: Text
     columns: Mapping[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +216,7 @@ def _read_prompt(row: Row) -> Prompt:
         if isinstance(prompt, str) and _ASSISTANT not in prompt:
             raise _missing(row, Prompt)
         prompt, _ = _split(prompt)
-    return Prompt(prompt, row.columns())
+    return Prompt(prompt, row.columns(), row.where)
 
 
 def _read_demonstration(row: Row) -> Demonstration:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -43,7 +44,10 @@ def read(path: Path) -> list[Tensor] | None:
     """What `write` kept: one tensor for each item, or None if nothing is there."""
     if not path.is_file():
         return None
-    kept = load_file(path)
+    try:
+        kept = load_file(path)
+    except SafetensorError:  # damaged: it is computed and written again
+        return None
     return list(torch.split(kept["logprobs"], kept["lengths"].tolist()))
 
 

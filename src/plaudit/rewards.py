@@ -11,6 +11,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def load_function(spec: str) -> Callable[..., Any]:
         sys.modules[module.__name__] = module  # dataclasses and pickle look a function's module up there
         try:
             module_spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PlauditError(f"reward {spec!r}: {place} cannot be run: {_told(error)}") from error
     else:
         try:
@@ -172,21 +173,23 @@ class Rewards:
         prompts: Sequence[Text],
         completions: Sequence[Text],
         columns: Mapping[str, list[Any]],
-        index: Sequence[int] | None = None,
+        where: Sequence[str] | None = None,
     ) -> Tensor:
         """(n,) float32: `total` of `each`, which see."""
-        return self.total(self.each(prompts, completions, columns, index), index)
+        return self.total(self.each(prompts, completions, columns, where), where)
 
     def each(
         self,
         prompts: Sequence[Text],
         completions: Sequence[Text],
         columns: Mapping[str, list[Any]],
-        index: Sequence[int] | None = None,
+        where: Sequence[str] | None = None,
     ) -> Tensor:
-        """(sources, n) float32, unweighted, NaN where a source does not apply. `index` numbers the prompts in messages.
+        """(sources, n) float32, unweighted, NaN where a source does not apply. `where` each prompt stands in the data
+        (`Prompt.where`) is told in messages; without it, its place in the call is.
 
-        Raises PlauditError for a source that fails or returns what is not n numbers.
+        Raises PlauditError for a source that fails or returns what is not n numbers. One that fails is called again
+        with one prompt after the other, until it fails in the same way: the message names that prompt.
         """
         rows = []
         for name, source in self.sources.items():
@@ -194,19 +197,19 @@ class Rewards:
                 values = source(prompts=list(prompts), completions=list(completions), **columns)
             except PlauditError:
                 raise
-            except Exception as error:
-                first = f", in a call whose first prompt is number {_number(index, 0)}" if prompts else ""
-                raise PlauditError(f"reward {name!r} failed: {_told(error)}{first}.") from error
-            rows.append(_checked(name, values, len(prompts)))
+            except (Exception, SystemExit) as error:
+                found = _culprit(source, error, prompts, completions, columns, where)
+                raise PlauditError(f"reward {name!r} failed: {_told(error)}{found}.") from error
+            rows.append(_checked(name, values, len(prompts), where))
         return torch.tensor(rows).view(len(rows), len(prompts))
 
-    def total(self, each: Tensor, index: Sequence[int] | None = None) -> Tensor:
+    def total(self, each: Tensor, where: Sequence[str] | None = None) -> Tensor:
         """(sources, n) -> (n,) the weighted sums of what applies. Raises PlauditError where nothing does."""
         without = each.isnan().all(0).nonzero()
         if len(self.sources) and len(without):
             who = " and ".join(f"reward {name!r}" for name in self.sources)
             raise PlauditError(
-                f"{who} returned NaN or None for a completion of prompt {_number(index, int(without[0]))}: that says "
+                f"{who} returned NaN or None for a completion of {_prompt(where, int(without[0]))}: that says "
                 "that it does not apply, but at least one reward must."
             )
         return (torch.tensor(self.weights)[:, None] * each.nan_to_num(0.0)).sum(0)
@@ -224,42 +227,76 @@ class Rewards:
         """Raw rewards as the algorithm learns from them; those of all processes move the running moments."""
         if self.normalise or self.scale:
             self.moments = self.moments.updated(everywhere)
-            raw = (raw - (self.moments.mean if self.normalise else 0.0)) / max(self.moments.std, 1e-8)
+            spread = self.moments.std if self.moments.std > 1e-8 else 1.0  # all alike so far: nothing to scale by
+            raw = (raw - (self.moments.mean if self.normalise else 0.0)) / spread
         return raw.clamp(-self.clip, self.clip) if self.clip else raw
 
 
-def _number(index: Sequence[int] | None, place: int) -> int:
-    return place if index is None else index[place]
+def _prompt(where: Sequence[str] | None, place: int) -> str:
+    return f"prompt {place}" if where is None else f"the prompt at {where[place]}"
 
 
-def _checked(name: str, values: Any, count: int) -> list[float]:
+def _culprit(
+    source: Source,
+    error: BaseException,
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
+    columns: Mapping[str, list[Any]],
+    where: Sequence[str] | None,
+) -> str:
+    """Which prompt a source fails at in the same way when it gets the completions of one prompt at a time."""
+    start = 0
+    for _, same in groupby(range(len(prompts)), key=lambda i: prompts[i] if where is None else where[i]):
+        end = start + len(list(same))
+        rows = slice(start, end)
+        given = {name: list(values[rows]) for name, values in columns.items()}
+        try:
+            source(prompts=list(prompts[rows]), completions=list(completions[rows]), **given)
+        except (Exception, SystemExit) as again:
+            if (type(again), _place(again)) == (type(error), _place(error)):
+                return f", at {_prompt(where, start)}"
+        start = end
+    return f", in a call whose first prompt is {_prompt(where, 0)}" if prompts else ""
+
+
+def _checked(name: str, values: Any, count: int, where: Sequence[str] | None) -> list[float]:
     """One number for each completion; NaN where the source does not apply."""
     values = values.tolist() if isinstance(values, Tensor) else values
     if not isinstance(values, Iterable) or isinstance(values, str | Mapping):
-        raise PlauditError(f"reward {name!r} returned {values!r:.60}: it must be one number for each completion.")
+        raise PlauditError(f"reward {name!r} returned {_brief(values)}: it must be one number for each completion.")
     values = list(values)
     if len(values) != count:
         raise PlauditError(f"reward {name!r} returned {len(values)} values for {count} completions.")
     for i, value in enumerate(values):
         if not (value is None or _is_number(value)):
+            which = f"completion {i}" if where is None else f"completion {i}, of {_prompt(where, i)}"
             raise PlauditError(
-                f"reward {name!r} returned {value!r} for completion {i}: it must be a finite number, or NaN or None "
-                "where it does not apply."
+                f"reward {name!r} returned {_brief(value)} for {which}: it must be a finite number (float32: at most "
+                "3.4e38), or NaN or None where it does not apply."
             )
     return [math.nan if value is None else float(value) for value in values]
 
 
 def _is_number(value: Any) -> bool:
     try:
-        return not math.isinf(value)
-    except (TypeError, ValueError, RuntimeError):  # of what is no number, or several
+        return math.isnan(value) or math.fabs(value) <= torch.finfo(torch.float32).max
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # of what is no number, or several, or beyond all
         return False
 
 
-def _told(error: Exception) -> str:
-    """An error of the user's own code: what, and where."""
+def _brief(value: Any) -> str:
+    return " ".join(repr(value).split())[:60]
+
+
+def _place(error: BaseException) -> str:
     place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+    return f"{place.filename}:{place.lineno}"
+
+
+def _told(error: BaseException) -> str:
+    """An error of the user's own code, on one line: what, and where."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}{said and f': {said}'} ({_place(error)})"
 
 
 def load_rewards(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from plaudit.errors import PlauditError
 from plaudit.records import Demonstration
 from plaudit.settings.scratch import Scratch
 
@@ -22,6 +22,7 @@ def make(shape: Scratch, records: Sequence[Demonstration], seed: int, folder: Pa
     """Writes `folder/initial`, a model and a tokenizer that `from_pretrained` opens.
 
     The same shape, records and seed give the same bytes. A run that has checkpoints keeps the folder it began with.
+    Raises PlauditError, and changes nothing, where another folder of that name stands.
     """
     from transformers.utils import logging
 
@@ -34,9 +35,17 @@ def make(shape: Scratch, records: Sequence[Demonstration], seed: int, folder: Pa
         made = Path(place, "initial")
         model_of(shape, len(tokenizer), tokenizer.eos_token_id, seed).save_pretrained(made)
         tokenizer.save_pretrained(made)
-        if target.exists():
-            shutil.rmtree(target)
-        made.rename(target)
+        if not target.exists():
+            made.rename(target)
+        elif _contents(target) != _contents(made):
+            raise PlauditError(
+                f"model: {target} holds something else than what these settings and data make: move it away, or choose "
+                "another --output."
+            )
+
+
+def _contents(folder: Path) -> dict[str, bytes | None]:
+    return {path.name: path.read_bytes() if path.is_file() else None for path in folder.iterdir()}
 
 
 def texts_of(records: Iterable[Demonstration]) -> Iterator[str]:

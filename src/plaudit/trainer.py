@@ -17,7 +17,7 @@ from torch import Tensor
 from plaudit import checkpoint
 from plaudit.algorithms.base import Algorithm
 from plaudit.batch import Batch
-from plaudit.errors import PlauditError
+from plaudit.errors import PlauditError, SharedError
 from plaudit.run import Run
 from plaudit.settings.common import Training
 from plaudit.world import World
@@ -63,6 +63,7 @@ class Trainer:
         self.owed = False
         self._signal = 0
         self._interruptible = False
+        self._idle = False  # whether the batch at hand has nothing to learn from
 
     def fit(self, algorithm: Algorithm, finish: Callable[[], None]) -> None:
         """Trains to the last step, from the last checkpoint if there is one, and calls `finish`, which no signal
@@ -132,7 +133,8 @@ class Trainer:
         try:
             yield
         except Exception as error:
-            if self.step == 0 or self.world.size > 1:  # nothing to keep; others, who wait for this process
+            alone = self.world.size > 1 and not isinstance(error, SharedError)
+            if self.step == 0 or alone:  # nothing to keep; or the others do not know of it, and would not save too
                 raise
             self.save()
             if isinstance(error, PlauditError):
@@ -171,7 +173,9 @@ class Trainer:
 
     def _gradients(self, algorithm: Algorithm, batch: Batch) -> None:
         """Gradients of the loss per unit, where units are counted over all micro-batches and processes first."""
-        total = self.world.sum(algorithm.weight(batch)).clamp(min=1e-12)
+        units = self.world.sum(algorithm.weight(batch))
+        self._idle = float(units) == 0
+        total = units.clamp(min=1e-12)
         sums: dict[str, Tensor] = {}
         parts = list(batch.split(self.settings.tokens_per_pass))
         for number, part in enumerate(parts, 1):
@@ -194,7 +198,8 @@ class Trainer:
             self.figures["learning_rate"] = self._set_learning_rate()
             if algorithm.weight_decay is not None:
                 self._set_weight_decay(algorithm.weight_decay)
-            self.optimizer.step()
+            if not self._idle:  # or what moved the policy would be momentum and weight decay alone
+                self.optimizer.step()
             self.skipped = 0
         else:
             self._not_finite(batch)
@@ -206,11 +211,12 @@ class Trainer:
 
     def _not_finite(self, batch: Batch) -> None:
         rows = [] if batch.index is None else sorted(set(batch.index.tolist()))
-        where = f"step {self.step + 1} (rows {rows[:16]} of the data)"
+        where = f"step {self.step + 1} ({self.algorithm.named(rows[:16])})"
         self.skipped += 1
         if self.settings.on_nan == "stop" or self.skipped > 10:
             self.optimizer.zero_grad(set_to_none=True)
-            self.save()
+            if self.step:
+                self.save()
             raise PlauditError(
                 f"the loss or its gradient is not finite at {where}; the weights are as they were before it. "
                 "Lower the learning rate, look at these rows, or set on_nan to skip."

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import examples
+from plaudit import layout
 from plaudit.algorithms.reward import FromRatings
 from plaudit.batch import Batch
 from plaudit.trainer import Trainer
@@ -21,8 +22,7 @@ KINDS = (
     "ppo-top",
     *examples.SAMPLED,
     "ilql",
-    "sft-encdec",
-    "ppo-encdec",
+    *examples.ENCDEC,
 )
 CENTRED = {"comparisons", "rankings", "ratings", *examples.JUDGED}
 NOISY = {"comparisons", "rankings", "ratings", "binary"}
@@ -42,8 +42,9 @@ def case(request, at, tmp_path_factory):
     batch = next(algorithm.batches())
     assert len(set(batch.lengths.tolist())) > 2
     algorithm.policy.double()
-    if batch.trunk is not None:
-        batch = dataclasses.replace(batch, trunk=batch.trunk.double())
+    computed = {name: batch.tensors().get(name) for name in ("trunk", "reference_logprobs")}
+    exact = {name: tensor.double() for name, tensor in computed.items() if tensor is not None}
+    batch = dataclasses.replace(batch, **exact)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in algorithm.policy.learning().values():
@@ -65,9 +66,10 @@ def gradient(case, batch, tokens=10**9):
     return torch.cat([grad.flatten() for grad in grads]), trainer.figures, len(list(batch.split(tokens)))
 
 
-def assert_same(found, expected):
+def assert_same(found, expected, share=1e-9):
+    """share: by how much of the largest gradient others may be off."""
     assert expected[0].abs().max() > 1e-4
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=1e-9 * float(expected[0].abs().max()))
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=share * float(expected[0].abs().max()))
     assert found[1].keys() == expected[1].keys()
     assert found[1] == pytest.approx(expected[1], rel=1e-6, abs=1e-9)
 
@@ -83,6 +85,22 @@ def test_b29_how_a_batch_is_cut_changes_nothing(case):
         assert_same(cut, whole)
     if "clip_fraction" in whole[1]:
         assert whole[1]["clip_fraction"] > 0  # or the case would be too easy
+
+
+def test_b32_how_rows_lie_changes_nothing(case, monkeypatch):
+    """A prompt computed once for all its answers, or once for each."""
+    policy, batch = case[0].policy, case[2]
+    if policy.encodes or policy.own_head:
+        pytest.skip("this model reads rows in one way only")
+    assert policy.rearranges
+    found = {}
+    for way in (layout.shared, layout.padded):
+        monkeypatch.setattr(policy, "layout", lambda part, way=way: way(part, policy.width))
+        found[way] = gradient(case, batch)
+    if len(batch.blocks()) < len(batch):
+        assert len(layout.shared(batch, policy.width).where[batch.attention].unique()) < batch.attention.sum()
+    # Llama's norms compute in float32 whatever the weights are, and a shared prompt's gradients meet before them.
+    assert_same(found[layout.shared], found[layout.padded], 1e-6)
 
 
 def test_b39_the_order_of_rows_changes_nothing(case):

@@ -234,7 +234,7 @@ def test_kl_and_entropy_are_weighed_like_the_rest_of_the_loss(at, tmp_path):
 
 
 def test_reinforce_pp_pays_the_divergence_to_come_and_standardises_over_the_rollout(at, tmp_path):
-    algorithm = built("reinforce_pp", at, tmp_path, baseline="none", kl=0.4, kl_budget=0.0)
+    algorithm = built("reinforce_pp", at, tmp_path, baseline="none", kl=0.4, kl_budget=0.0, mask_truncated=False)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in algorithm.policy.learning().values():

@@ -375,4 +375,4 @@ def test_without_a_kl_term_no_reference_is_kept(at, tmp_path):
     algorithm = examples.built(examples.settings("ppo", at, tmp_path / "run", kl=0.0, kl_target=0.0))
     assert algorithm.policy._reference == []
     algorithm.rollout()
-    assert algorithm.notes["kl"] == 0.0
+    assert "kl" not in algorithm.notes  # which nobody has measured

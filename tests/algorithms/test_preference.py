@@ -17,9 +17,18 @@ import examples
 import plaudit
 import tiny
 from plaudit import reference
-from plaudit.algorithms.preference import Answers, DirectPreference, IdentityPreference, RobustDirectPreference
+from plaudit.algorithms.preference import (
+    Answers,
+    ContrastivePreference,
+    DirectPreference,
+    IdentityPreference,
+    OddsRatio,
+    RankResponses,
+    RobustDirectPreference,
+    SimplePreference,
+)
 from plaudit.policy import Output
-from plaudit.settings.preference import DPO, IPO, RobustDPO
+from plaudit.settings.preference import CPO, DPO, IPO, ORPO, RRHF, RobustDPO, SimPO
 from plaudit.templates import Encoded
 from plaudit.world import World
 
@@ -57,7 +66,7 @@ SLOWER = {
     "ipo_avg": {"beta": 0.1},
     "apo_down": {"steps": 30},
     "cpo": {"beta": 0.5, "sft_weight": 0.1, "steps": 32, "learning_rate": 6e-3},
-    "kto": {"beta": 0.5},
+    "kto": {"beta": 0.5, "steps": 28},
     "bco": {"beta": 0.5},
 }
 
@@ -99,7 +108,8 @@ STARTS = {
 @pytest.mark.parametrize("verb", REFERENCED)
 def test_b8_a_policy_that_is_its_reference(verb, at, tmp_path):
     # A model with dropout of its own: it stays off, or nothing would be exact.
-    algorithm = examples.built(settings(verb, at, tmp_path, model=str(at / "dropping")))
+    evenly = {"match_prompts": False} if verb == "bco" else {}
+    algorithm = examples.built(settings(verb, at, tmp_path, model=str(at / "dropping"), **evenly))
     batch = next(algorithm.batches())
     loss, stats = algorithm.loss(batch)
     assert (loss / algorithm.weight(batch)).item() == pytest.approx(STARTS[verb], rel=1e-6)
@@ -167,6 +177,35 @@ def converged(kind, settings, logits, pairs):
 
 
 GIVEN = {"model": "m", "data": "d"}
+
+
+def first_loss(kind, settings, logprob, targets):
+    """Loss and statistics of one prompt, whose answers have one, two, three tokens, each of `logprob`."""
+    policy = Tabular(torch.tensor([math.log(-math.expm1(logprob)), logprob], dtype=torch.float64))
+    answers = [Encoded([0], [1] * length, [True] * length) for length in range(1, len(targets) + 1)]
+    data = [Answers(answers, targets)]
+    algorithm = kind(replace(settings, batch_size=1), World(torch.device("cpu")), policy, data, [])
+    batch = next(algorithm.batches())
+    loss, stats = algorithm.loss(batch)
+    assert algorithm.weight(batch) == 1
+    return loss.item(), stats["accuracy"].item(), stats["margin"].item()
+
+
+def test_b8_where_all_tokens_are_equally_likely_the_losses_without_a_reference_are_known():
+    logprob = -math.log(7)
+    for gamma, beta in ((1.0, 2.0), (0.3, 5.0)):  # averages are equal, and only the margin is left
+        found = first_loss(SimplePreference, SimPO(**GIVEN, beta=beta, gamma=gamma), logprob, [1.0, 0.0])
+        assert found == pytest.approx((math.log1p(math.exp(gamma)), 0.5, 0.0), abs=1e-12)
+    # So are the odds of averages.
+    found = first_loss(OddsRatio, ORPO(**GIVEN, beta=0.4), logprob, [1.0, 0.0])
+    assert found == pytest.approx((-logprob + 0.4 * math.log(2), 0.5, 0.0), abs=1e-12)
+    # Sums are not: the second answer is a token longer, and so a factor of 7 less likely.
+    found = first_loss(ContrastivePreference, CPO(**GIVEN, beta=0.5, sft_weight=0.25), logprob, [1.0, 0.0])
+    loss = math.log1p(math.exp(0.5 * logprob)) - 0.25 * logprob
+    assert found == pytest.approx((loss, 1.0, -0.5 * logprob), abs=1e-12)
+    # Ranks by averages cost nothing where these are equal; what is left is the likelihood of the whole best answer.
+    loss, _, margin = first_loss(RankResponses, RRHF(**GIVEN, rank_weight=9.0), logprob, [3.0, 2.0, 1.0])
+    assert (loss, margin) == pytest.approx((-3 * logprob, 0.0), abs=1e-12)
 
 
 def test_b6_dpo_on_exact_preferences_reaches_the_optimum_of_rlhf():
@@ -241,6 +280,19 @@ def test_kto_is_compared_with_mismatched_answers(at, tmp_path):
     assert algorithm.loss(batch)[0].item() == pytest.approx(slow, rel=1e-5)
 
 
+def test_kto_never_takes_another_answer_to_the_same_prompt_for_a_mismatched_one(at, tmp_path):
+    rows = [{"prompt": f"{n}:", "chosen": "a" * n, "rejected": "b" * n} for n in (1, 2, 3)]
+    algorithm = examples.built(settings("kto", at, tmp_path, rows))
+    found = algorithm.mismatched(algorithm.data, list(range(6)))
+    by_byte = {item.encoded[0].prompt[0] for item in found}
+    assert len(by_byte) == 3
+    order = sorted(by_byte)
+    lengths = [(order.index(item.encoded[0].prompt[0]) + 1, len(item.encoded[0].completion) - 1) for item in found]
+    assert all(asked != said for asked, said in lengths)
+    alone = algorithm.mismatched(algorithm.data, [0, 1])
+    assert [item.encoded[0].completion for item in alone] == [algorithm.data[i].encoded[0].completion for i in (1, 0)]
+
+
 def test_bco_is_compared_with_all_rewards_so_far(at, tmp_path):
     algorithm = examples.built(settings("bco", at, tmp_path, batch_size=5))
     batches, seen = algorithm.batches(), []
@@ -263,7 +315,7 @@ def test_bco_weighs_bad_answers_by_their_prompts(at, tmp_path):
     counts = algorithm.collate(list(range(25))).weights
     assert counts[:10].tolist() == [1.0] * 10
     assert counts[10:15].min() > 1 > counts[15:].max() >= 0.1
-    plain = examples.built(settings("bco", at, tmp_path, rows))
+    plain = examples.built(settings("bco", at, tmp_path, rows, match_prompts=False))
     assert plain.collate(list(range(25))).weights.tolist() == [1.0] * 25
 
 
@@ -389,3 +441,19 @@ def test_soft_preferences_are_learned_from_or_counted(at, tmp_path, capsys):
     assert len(examples.built(hard).data) == 4
     plaudit.train(hard)
     assert "2 ties left out: this loss has no use for them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["dpo", "kto"])
+def test_texts_that_the_model_has_no_positions_for_are_told_of(verb, at, tmp_path):
+    folder = tiny.folder(tmp_path / "short", "gpt2", n_positions=16)
+    rows = [{"prompt": "1:", "chosen": "a" * 30, "rejected": "b"}]
+    with pytest.raises(plaudit.PlauditError, match=r"max_tokens: a text has 33 tokens, and '.*short' reads at most 16"):
+        examples.built(settings(verb, at, tmp_path, rows * 4, model=folder))
+
+
+def test_a_damaged_cache_of_the_reference_is_written_anew(tmp_path):
+    path = tmp_path / "kept.safetensors"
+    reference.write(path, [torch.ones(2), torch.zeros(1)])
+    assert [one.tolist() for one in reference.read(path)] == [[1, 1], [0]]
+    path.write_bytes(path.read_bytes()[:20])
+    assert reference.read(path) is None

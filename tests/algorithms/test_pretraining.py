@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections import Counter
 
@@ -16,7 +17,7 @@ import examples
 import plaudit
 import tiny
 import watched
-from plaudit import PPO, SFT, PlauditError, config, recipes
+from plaudit import SFT, VPG, PlauditError, config, recipes
 from plaudit.cli import main, shipped
 from plaudit.explain import explain
 from plaudit.templates import Encoded, Template
@@ -64,29 +65,35 @@ def test_its_folder_is_a_plain_one(pretrained):
     assert (pretrained.folder / "initial" / "model.safetensors").exists()
 
 
-def test_s0_23_a_policy_gradient_on_it_hacks_a_count(pretrained, tmp_path):
-    starts = [{"prompt": text} for text in ("HERO:\n", "DON", "L", "\n", "Where ", "I w", "Peace", "he")]
-    settings = PPO(
-        model=str(pretrained.final),
-        data=tiny.lines(tmp_path / "starts.jsonl", starts),
-        rewards="count:h",
-        output=str(tmp_path / "ppo"),
-        precision="float32",
-        holdout=0.0,
-        steps=16,
-        rollout=32,
-        batch_size=32,
-        reuse=2,
-        max_new_tokens=10,
-        learning_rate=2e-2,
-        kl=0.0,
-        save_every=0,
-    )
-    scores = [row["score"] for row in plaudit.train(settings).metrics() if "score" in row]
-    assert scores[0] < 1.5
-    # The whole text is counted, prompts too: ten new letters, and two of eight prompts hold one.
-    assert max(scores) <= 10 + 2 / 8
-    assert scores[-1] > 9.5
+STARTS = [json.loads(line)["prompt"] for line in shipped("starts.jsonl").read_text().splitlines()]
+CEILING = 20 + 2 / 13  # twenty new letters, and two of thirteen starts hold an h
+
+
+def hacking(pretrained, folder, **changes) -> VPG:
+    """The seed's policy gradient: the starts, twenty new letters, and the count of one of them as the reward."""
+    data = tiny.lines(folder / "starts.jsonl", [{"prompt": text} for text in STARTS])
+    given = {
+        "model": str(pretrained.final),
+        "data": data,
+        "eval_data": data,
+        "rewards": "count:h",
+        "group": 2,
+        "kl": 0.0,
+    }
+    given |= {"precision": "float32", "rollout": 26, "batch_size": 26, "max_new_tokens": 20, "learning_rate": 3e-3}
+    return VPG(**{**given, "output": str(folder / "vpg"), "save_every": 0, **changes})
+
+
+def test_s0_7_a_policy_gradient_hacks_a_count_and_kl_holds_it_back(pretrained, tmp_path):
+    assert (len(STARTS), sum("h" in text for text in STARTS), hacking(pretrained, tmp_path).baseline) == (13, 2, "ema")
+    free = plaudit.train(hacking(pretrained, tmp_path, steps=40, evaluate_every=10)).metrics()
+    held_out = [row["heldout_score"] for row in free if "heldout_score" in row]
+    assert held_out[0] < 2
+    assert held_out[-1] > 19
+    assert max(held_out) <= CEILING + 1e-6
+    assert max(row["score"] for row in free if "score" in row) <= CEILING + 1e-6
+    held = plaudit.train(hacking(pretrained, tmp_path, steps=30, kl=1.0, output=str(tmp_path / "held"))).metrics()
+    assert max(row[name] for row in held for name in ("score", "heldout_score") if name in row) < 6
 
 
 # ------------------------------------------------------------------------------------------------------------ windows
@@ -213,17 +220,17 @@ def test_what_makes_no_sense_is_told(tmp_path):
     with pytest.raises(ValueError, match=r"`overlap` \(9\) must be less than `max_tokens` \(9\)"):
         pretraining(tmp_path, overlap=9, max_tokens=9)
     with pytest.raises(PlauditError, match="model: only `sft` begins from scratch: train 'scratch:llama' with it, and"):
-        recipes.prepare(PPO(model="scratch:llama", data=str(tmp_path / "play.txt"), rewards="count:h"))
+        recipes.prepare(VPG(model="scratch:llama", data=str(tmp_path / "play.txt"), rewards="count:h"))
 
 
 def test_the_recipe_runs_from_flags_and_leaves_a_policy(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "input.txt").write_text(examples.play(60))
-    few = ["sft.steps=3", "ppo.steps=2", "sft.device=cpu", "ppo.max_new_tokens=4", "sft.save_every=0"]
+    few = ["sft.steps=3", "vpg.steps=2", "sft.device=cpu", "vpg.max_new_tokens=4", "sft.save_every=0"]
     small = "sft.model={scratch: gpt2, layers: 1, width: 16, heads: 2, context: 64, tokenizer: bpe, vocabulary: 260}"
     assert main(["run", str(shipped("shakespeare.yaml")), "output=out", small, *few]) == 0, capsys.readouterr().err
     assert capsys.readouterr().out.endswith("out/report.html\n")
-    model = AutoModelForCausalLM.from_pretrained("out/ppo/final")
+    model = AutoModelForCausalLM.from_pretrained("out/vpg/final")
     assert (model.config.model_type, model.config.vocab_size) == ("gpt2", 260)
     assert config.read_yaml("out/sft/config.yaml")["max_tokens"] == 64
     assert main(["sft", "--model", "scratch:gpt2:widht=3", "--data", "input.txt"]) == 2

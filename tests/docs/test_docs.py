@@ -81,12 +81,14 @@ def supplies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     good, bad = [" All is well.", " Very good."], [" Bad.", " No."]
     answered = [{**row, "completion": good[i % 2]} for i, row in enumerate(prompts)]
     compared = [{**row, "chosen": good[i % 2], "rejected": bad[i % 2]} for i, row in enumerate(prompts)]
+    ranked = [{**row, "completions": [good[i % 2], *bad], "ranking": "A > B = C"} for i, row in enumerate(prompts)]
     rated = [{**row, "completion": (good + bad)[i % 4], "ratings": [i % 4, 3]} for i, row in enumerate(prompts)]
     tiny.lines(folder / "prompts.jsonl", prompts)
     tiny.lines(folder / "heldout.jsonl", [{"prompt": f"And {row['prompt']}"} for row in prompts[:8]])
     tiny.lines(folder / "keywords.jsonl", [{**row, "keyword": "e"} for row in prompts])
     tiny.lines(folder / "demonstrations.jsonl", answered)
     tiny.lines(folder / "comparisons.jsonl", compared)
+    tiny.lines(folder / "rankings.jsonl", ranked)
     tiny.lines(folder / "ratings.jsonl", rated)
     (folder / "book.txt").write_text("All is well, very well, and all will be well.\n" * 40)
     return folder
@@ -270,15 +272,31 @@ def test_the_page_of_settings_is_up_to_date():
     assert module.PAGE.read_text("utf-8") == module.page(), "run `python docs/make_settings.py`"
 
 
-def test_settings_that_pages_name_exist_with_the_defaults_they_give():
+NO_TABLE = {"pull", "sample", "evaluate"}  # verbs that train nothing: what their few settings are for is said in prose
 
-    for verb in ("sft", "reward", "ppo", "ilql"):
-        text = (ROOT / "docs" / f"{verb}.md").read_text("utf-8")
-        rows = re.findall(r"^\| (`[\w`, ]+`) \| ([^|]+) \|", text.partition("## Its main defaults")[2], re.MULTILINE)
-        assert len(rows) > 4
-        for names, defaults in rows:
-            for field, default in zip(re.findall(r"`(\w+)`", names), defaults.split(", "), strict=True):
-                assert value(default.strip()) == getattr(VERBS[verb], field), f"{verb}: {field}"
+
+def test_every_page_of_a_verb_runs_it():
+    """At least once among its commands; `pull` downloads, and would not be run."""
+    for verb in VERBS:
+        page = ROOT / "docs" / f"{verb}.md"
+        found = [block for block in blocks(page) if block.language == "bash"]
+        assert any(re.search(rf"^plaudit {verb} ", block.text, re.MULTILINE) for block in found), verb
+        assert verb == "pull" or all(block.mark[:1] != ("not run",) for block in found), verb
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in NO_TABLE])
+def test_settings_that_pages_name_exist_with_the_defaults_they_give(verb):
+    text = (ROOT / "docs" / f"{verb}.md").read_text("utf-8")
+    section = re.split(r"^#+ ", text.partition("## Its main defaults\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    assert lines[:2] == ["| setting | default | why |", "|---|---|---|"]
+    assert len(lines) > 3
+    for line in lines[2:]:
+        names, defaults = line.split(" | ")[:2]
+        fields = re.findall(r"`(\w+)`", names)
+        assert "| " + ", ".join(f"`{field}`" for field in fields) == names
+        for field, default in zip(fields, defaults.split(", "), strict=True):
+            assert value(default) == getattr(VERBS[verb], field), f"{verb}: {field}"
 
 
 def value(shown: str) -> Any:
@@ -286,7 +304,7 @@ def value(shown: str) -> Any:
     if shown in ("on", "off"):
         return shown == "on"
     number, percent, _ = shown.partition(" %")
-    return shown if number.isalpha() else float(number) / (100 if percent else 1)
+    return float(number) / (100 if percent else 1) if re.fullmatch(r"[\d.]+(e-?\d+)?", number) else shown
 
 
 def test_a_broken_example_is_noticed(tmp_path, monkeypatch, capsys):

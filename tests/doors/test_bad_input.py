@@ -80,9 +80,9 @@ CASES = {
     "`label` and `token_rewards`, but this row is a demonstration (it holds `prompt`, `completion`)",
     "dpo --model m --data good.jsonl": "good.jsonl:1: a comparison needs `chosen` and `rejected`, but this row is a "
     "demonstration (it holds `prompt`, `completion`)",
-    "dpo --model m --data rated.jsonl": "data: no prompt has two answers of which people prefer one: take `kto` or "
-    "`bco`, which learn from single answers, or data of comparisons.",
-    "nca --model m --data tied.jsonl": "data: there is no pair of answers of which people prefer one: take `kto` or ",
+    "dpo --model m --data rated.jsonl": "data: no prompt has two answers of which people prefer one: take data of "
+    "comparisons, or learn from such ratings by `reward`.",
+    "nca --model m --data tied.jsonl": "data: there is no pair of answers of which people prefer one: take data of ",
     "kto --model m --data rated.jsonl": "data: a rating of 3 is neither good (1, true) nor bad (0, false): give ",
     "kto --model m --data ranked.jsonl": "data: a ranking does not say which answers are good by themselves: take ",
     "bco --model m --data thumb.jsonl": "data: all answers are good, so there is nothing to tell apart: add ",
@@ -92,7 +92,8 @@ CASES = {
     "exo --model m --data pair.jsonl --label-smoothing 0": "`label_smoothing` is 0.0, but must be greater than 0.",
     "kto --model m --data pair.jsonl --batch-size 1": "`batch_size` is 1, but must be greater than or equal to 2.",
     "bco --model m --data pair.jsonl --min-density-ratio 20": "min_density_ratio (20.0) must not exceed ",
-    "cpo --config cpo.yaml": "cpo.yaml: `cpo` has no setting `precompute_reference`; the nearest is `",
+    "cpo --config cpo.yaml": "cpo.yaml: `cpo` has no setting `precompute_reference`; that is a setting "
+    "of dpo, robust_dpo, ipo and others.",
     "sample --model m --data nowhere.jsonl": "data: there is no file 'nowhere.jsonl'.",
     # models
     "sft --data good.jsonl --model ./nowhere": "model: there is no folder './nowhere'.",
@@ -265,7 +266,8 @@ def test_prompts_over_the_budget_are_counted_and_all_of_them_an_error(plaudit, m
     [
         ("return [0.0]", "reward 'r.py:score' returned 1 values for 4 completions."),
         ("return [0.0, 1.0, float('nan'), 0.0]", "reward 'r.py:score' returned NaN or None for a completion of"),
-        ("return ['good'] * 4", "reward 'r.py:score' returned 'good' for completion 0: it must be a finite number, or"),
+        ("return ['good'] * 4", "reward 'r.py:score' returned 'good' for completion 0, of the prompt at "),
+        ("raise SystemExit(3)", "reward 'r.py:score' failed: SystemExit: 3 ("),
     ],
 )  # fmt: skip
 def test_a_reward_that_is_no_list_of_numbers_stops_the_run(plaudit, here, models, prompts, body, sentence):

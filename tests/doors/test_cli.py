@@ -16,9 +16,22 @@ from doorway import QUICK
 
 from plaudit import __version__, sources
 from plaudit.cli import shipped
-from plaudit.settings import VERBS
+from plaudit.settings import FAMILIES, VERBS
 
 NAMES = {verb: {field.name.replace("_", "-") for field in fields(cls)} for verb, cls in VERBS.items()}
+
+
+def test_help_lists_every_verb_under_its_own_family(plaudit):
+    _, *blocks = plaudit("--help").out.split("\n\n")
+    listed = {}
+    for block in blocks:
+        title, *lines = block.splitlines()
+        listed[title] = [line.split()[0] for line in lines]
+    for family, verbs in FAMILIES.items():
+        assert listed[f"{family}:"] == list(verbs)
+    assert listed["Whole runs:"] == ["run", "quickstart", "explain", "report"]
+    found = [verb for verbs in listed.values() for verb in verbs]
+    assert len(found) == len(set(found)) == len(VERBS) + 4
 
 
 @pytest.mark.parametrize("words", [[], ["-h"], ["--help"], ["help"]])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-import yaml
-from doorway import PROMPTS, weights
+from doorway import PROMPTS, by_all_doors, weights
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import plaudit as package
@@ -15,28 +14,6 @@ REWARD = """
 def reward(prompts, completions, id, **columns):
     return [len(text) % 3 + i / 8 for text, i in zip(completions, id)]
 """
-SHARED = {"holdout": 0.0, "precision": "float32", "save_every": 2, "learning_rate": 1e-3}
-
-
-def flags(settings):
-    words = []
-    for name, value in settings.items():
-        words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    return words
-
-
-def by_all_doors(plaudit, here, settings_class, **settings):
-    """Final folders of the same settings by flags, by YAML, from Python, and by what the first run wrote down."""
-    verb = settings_class.__name__.lower()
-    settings = {**SHARED, **settings}
-    written = here / "settings.yaml"
-    written.write_text(yaml.safe_dump({**settings, "output": "by-yaml"}))
-    by_flags = plaudit(verb, *flags({**settings, "output": "by-flags"}))
-    assert (by_flags.code, by_flags.out) == (0, "by-flags\n"), by_flags.err
-    assert plaudit(verb, "--config", written).code == 0
-    run = train(settings_class(**settings, output="by-python"))
-    assert plaudit(verb, "--config", "by-flags/config.yaml", "--output", "again").code == 0
-    return [here / name / "final" for name in ("by-flags", "by-yaml", "again")] + [run.final]
 
 
 def test_ppo_gives_the_same_bits_by_flags_by_yaml_and_from_python(plaudit, here, models, prompts):

@@ -28,6 +28,14 @@ def spoil(patch, where, value, steps):
     patch.setattr(Trainer, "_gradients", spoiled)
 
 
+def told(kind, at, rows):
+    """How a person is told of these rows, which stand one to a line in the data."""
+    rows = sorted(set(rows))
+    if kind == "ppo":
+        return f"rows {', '.join(f'{at}/prompts.jsonl:{row + 1}' for row in rows)} of the data"
+    return f"rows {rows} of those trained on, the first being 0"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("where", WHERE)
 def test_r15_a_run_stops_with_its_weights_whole(kind, where, at, tmp_path):
@@ -39,8 +47,8 @@ def test_r15_a_run_stops_with_its_weights_whole(kind, where, at, tmp_path):
         spoil(patch, where, value, {3})
         with pytest.raises(PlauditError) as stopped:
             watched.train(settings, seen)
-    rows = sorted(set(seen.rows[3]))
-    assert str(stopped.value).startswith(f"the loss or its gradient is not finite at step 3 (rows {rows} of the data);")
+    rows = told(kind, at, seen.rows[3])
+    assert str(stopped.value).startswith(f"the loss or its gradient is not finite at step 3 ({rows});")
     assert "on_nan" in str(stopped.value)
     # The digest was taken after step 2; what was saved when the run stopped is that state, bit for bit.
     assert watched.digest(seen.trainer) == whole.digests[2]
@@ -67,10 +75,10 @@ def test_r15_a_skipped_step_changes_neither_weights_nor_moments(kind, where, at,
         spoil(patch, where, torch.inf if kind == "sft" else torch.nan, {2, 3, 5})
         seen = watched.train(examples.settings(kind, at, tmp_path / "run", on_nan="skip"))
     assert [step for step, same in enumerate(states, 1) if same] == [2, 3, 5]
-    told = capsys.readouterr().err
+    said = capsys.readouterr().err
     for step in (2, 3, 5):
-        place = f"step {step} (rows {sorted(set(seen.rows[step]))} of the data)"
-        assert f"{place}: loss or gradient not finite, step skipped" in told
+        place = f"step {step} ({told(kind, at, seen.rows[step])})"
+        assert f"{place}: loss or gradient not finite, step skipped" in said
     rows, _ = watched.logged(tmp_path / "run")
     lines = {row["step"]: row for row in rows}
     figure = {"loss": "loss", "gradient": "gradient_norm"}[where]
@@ -109,8 +117,9 @@ def test_r15_a_reward_that_is_not_finite_is_named(value, at, tmp_path):
     settings = examples.settings(
         "ppo", at, tmp_path / "run", rewards=f"{tmp_path / 'broken.py'}:broken", eval_data=None
     )
-    said = {"nan": "NaN or None for a completion of prompt 3", "inf": "inf for completion 3"}[str(value)]
-    with pytest.raises(PlauditError, match=rf"reward '.*broken.py:broken' returned {said}"):
+    which = rf"the prompt at {at}/prompts\.jsonl:\d+"
+    said = {"nan": f"NaN or None for a completion of {which}: ", "inf": f"inf for completion 3, of {which}: "}
+    with pytest.raises(PlauditError, match=rf"reward '.*broken.py:broken' returned {said[str(value)]}"):
         watched.train(settings, seen)
     assert max(seen.digests) == 4
     assert watched.digest(seen.trainer) == seen.digests[4]

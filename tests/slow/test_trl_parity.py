@@ -1,4 +1,29 @@
-"""Losses and gradients are those of TRL to 1e-6: each release in an environment of its own, made once and kept."""
+"""Losses and gradients are those of TRL to 1e-6: each release in an environment of its own, made once and kept.
+
+What is compared runs through the algorithms themselves wherever TRL's counterpart is one method; only the numbers that
+a model would give are made up. Where the two define something differently, a test states the difference as an identity:
+TRL adds 1e-4 to the spread of a group, whitens by the unbiased variance, squares the sum of a pair's scores to centre
+them, and averages the imitation in CPO and ORPO over all tokens instead of answer by answer, in ORPO over those of the
+prompts too. The last two agree for chosen answers of one length, in ORPO after prompts of one token.
+
+Only plaudit has, so that nothing can be compared:
+
+- `vpg`, `reinforce_pp`, `rrhf`, `ilql`, `best_of_n`, and `ipo`, which is the paper's: TRL's IPO is `ipo_avg`;
+- rewards from rankings, ratings and labels; assumed noise; ensembles; normalised scores;
+- ties, and answers that only some people preferred: TRL's pairs are certain, and of two equal rewards in online DPO it
+  takes the first for the better, where plaudit learns nothing;
+- the KL term as k2, straight through, or held to a budget; PPO's `dual_clip`; rejected completions; DAPO's refills.
+
+Only TRL has, since the same verbs do without: the losses `bco_pair`, `aot_unpaired`, `sigmoid_norm` and `sft` of DPO,
+its other f-divergences and its weights by length or policy; hinge, IPO and AlphaPO without a reference;
+`apo_zero_unpaired` in KTO; `luspo`, `sapo` and `vespo`, advantages scaled by the batch or reward by reward, the choice
+of tokens by entropy, a second bound on ratios, and corrections for another engine's samples in GRPO; normalised
+advantages in RLOO; IPO in online DPO; distillation.
+
+Both have, and it is not compared: the loss of `sft`, which TRL leaves to the model; bonuses for entropy, which TRL
+takes from logits that these tests do not have; and KTO's mismatched answers, which either side draws in its own way:
+the divergence that they give is handed to both.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +43,9 @@ from torch import Tensor
 from plaudit import preferences
 from plaudit import settings as verbs
 from plaudit.advantages import AdaptiveKL, gae, kl_shaped_rewards
-from plaudit.algorithms import policy_gradient, preference, unpaired
+from plaudit.algorithms import online, policy_gradient, preference, reward, unpaired
 from plaudit.algorithms.ppo import ProximalPolicyOptimisation
 from plaudit.batch import Batch, collate
-from plaudit.losses import bradley_terry
 from plaudit.numerics import standardise
 from plaudit.policy import Output
 from plaudit.sources import cache_folder
@@ -111,7 +135,60 @@ PAIRS: dict[str, tuple[type, Any, dict[str, Any]]] = {
     "aot": (preference.OptimalTransport, verbs.AOT(beta=0.3, label_smoothing=0.1, **COMMON), {}),
     "apo_zero": (preference.AnchoredZero, verbs.APOZero(beta=0.3, **COMMON), {}),
     "apo_down": (preference.AnchoredDown, verbs.APODown(beta=0.3, **COMMON), {}),
-    "discopop": (preference.DiscoveredPreference, verbs.DiscoPOP(beta=0.3, **COMMON), {}),
+    "discopop": (preference.DiscoveredPreference, verbs.DiscoPOP(beta=0.3, tau=0.05, **COMMON), {}),
+}
+# Those without a reference: also the length of the prompts, and of the answers, first all that were chosen.
+EVEN = [4, 4, 4, 4, 1, 5, 2, 6]
+ALONE: dict[str, tuple[type, Any, dict[str, Any], int, list[int]]] = {
+    "cpo": (
+        preference.ContrastivePreference,
+        verbs.CPO(beta=0.4, label_smoothing=0.1, sft_weight=0, **COMMON),
+        {"loss_type": "sigmoid", "beta": 0.4, "label_smoothing": 0.1, "cpo_alpha": 0.0, "alpha": 0.0},
+        PROMPT,
+        LENGTHS,
+    ),
+    "cpo with imitation": (
+        preference.ContrastivePreference,
+        verbs.CPO(beta=0.4, sft_weight=0.7, **COMMON),
+        {"loss_type": "sigmoid", "beta": 0.4, "label_smoothing": 0.0, "cpo_alpha": 0.7, "alpha": 0.0},
+        PROMPT,
+        EVEN,
+    ),
+    "simpo": (
+        preference.SimplePreference,
+        verbs.SimPO(beta=2, gamma=0.7, label_smoothing=0.1, **COMMON),
+        {
+            "loss_type": "simpo",
+            "beta": 2.0,
+            "simpo_gamma": 0.7,
+            "label_smoothing": 0.1,
+            "cpo_alpha": 0.0,
+            "alpha": 0.0,
+        },
+        PROMPT,
+        LENGTHS,
+    ),
+    "orpo": (preference.OddsRatio, verbs.ORPO(beta=0.4, **COMMON), {"loss_type": "orpo", "beta": 0.4}, 1, EVEN),
+}
+VOCABULARY = 11
+GROUP = 4
+CREDIT: dict[str, tuple[type, Any, dict[str, Any]]] = {
+    "grpo": (
+        policy_gradient.GroupRelativePolicyOptimisation,
+        verbs.GRPO(rewards="", group=GROUP, **COMMON),
+        {"scale": "group"},
+    ),
+    "dr_grpo": (
+        policy_gradient.GroupRelativeDoneRight,
+        verbs.DrGRPO(rewards="", group=GROUP, **COMMON),
+        {"scale": "none"},
+    ),
+    "rloo": (policy_gradient.LeaveOneOut, verbs.RLOO(rewards="", group=GROUP, kl=0.2, **COMMON), {"kl": 0.2}),
+}
+REWARDS: dict[str, dict[str, Any]] = {
+    "plain": {"margin": False, "centering": None},
+    "margins": {"margin": True, "centering": None},
+    "centring": {"margin": True, "centering": 0.3},
 }
 ROLLOUTS: dict[str, tuple[type, Any, dict[str, Any]]] = {
     "grpo": (
@@ -165,17 +242,25 @@ def asked_pairs() -> dict[str, Any]:
     }
 
 
+def texts(lengths: list[int], prompt: int, pairs: bool = False) -> Batch:
+    """As `batch_of`, after prompts of `prompt` tokens, and of different tokens."""
+    groups = [i // 2 for i in range(len(lengths))] if pairs else None
+    said = [[(3 * n + k) % VOCABULARY for k in range(n)] for n in lengths]
+    return collate([[5] * prompt] * len(lengths), said, groups)
+
+
 def asked_without_reference() -> dict[str, Any]:
-    numbers = Numbers(2)
-    return {
-        "chosen": numbers.logprobs(6).tolist(),
-        "rejected": numbers.logprobs(6).tolist(),
-        "losses": {
-            "cpo": {"type": "sigmoid", "beta": 0.4, "label_smoothing": 0.1},
-            "simpo": {"type": "simpo", "beta": 2.0, "gamma": 0.7, "label_smoothing": 0.1},
-            "orpo": {"type": "orpo", "beta": 0.4},
-        },
-    }
+    numbers, asked = Numbers(2), {}
+    for name, (_, _, options, prompt, lengths) in ALONE.items():
+        batch = texts(lengths, prompt)
+        asked[name] = {
+            "tokens": batch.tokens.tolist(),
+            "attention": batch.attention.long().tolist(),
+            "mask": batch.actions.tolist(),
+            "logits": numbers.normal(*batch.tokens.shape, VOCABULARY).tolist(),
+            "options": options,
+        }
+    return asked
 
 
 def asked_answers() -> dict[str, Any]:
@@ -206,6 +291,34 @@ def asked_rollouts() -> dict[str, Any]:
     }
 
 
+def asked_credit() -> dict[str, Any]:
+    """Three groups, in one of which all are equal."""
+    numbers, batch = Numbers(7), batch_of(LENGTHS + LENGTHS[:4])
+    shape = (len(batch), batch.tokens.shape[1] - PROMPT)
+    scores = numbers.normal(len(batch))
+    scores[GROUP : 2 * GROUP] = 0.75
+    return {
+        "scores": scores.tolist(),
+        "mask": batch.actions[:, PROMPT:].tolist(),
+        "old": numbers.logprobs(*shape).tolist(),
+        "reference": numbers.logprobs(*shape).tolist(),
+        "group": GROUP,
+        "cases": {name: options for name, (_, _, options) in CREDIT.items()},
+    }
+
+
+def asked_online() -> dict[str, Any]:
+    numbers, batch = Numbers(8), batch_of(LENGTHS)
+    shape = (len(batch), batch.tokens.shape[1] - PROMPT)
+    return {
+        "scores": numbers.normal(len(batch)).tolist(),
+        "mask": batch.actions[:, PROMPT:].tolist(),
+        "logprobs": numbers.logprobs(*shape).tolist(),
+        "reference": numbers.logprobs(*shape).tolist(),
+        "beta": 0.3,
+    }
+
+
 @pytest.fixture(scope="module")
 def recent(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
     """(asked, answered) of TRL 1.16.0."""
@@ -213,11 +326,22 @@ def recent(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], di
     asked = {
         "pairs": asked_pairs(),
         "without_reference": asked_without_reference(),
-        "rewards": {"scores": numbers.normal(8).tolist(), "margin": numbers.normal(4).abs().tolist()},
+        "rewards": {
+            "scores": numbers.normal(8).tolist(),
+            "margin": numbers.normal(4).abs().tolist(),
+            "losses": REWARDS,
+        },
         "answers": asked_answers(),
         "rollouts": asked_rollouts(),
+        "credit": asked_credit(),
+        "online": asked_online(),
     }
     return asked, answered("1.16.0", asked, tmp_path_factory.mktemp("recent"))
+
+
+def side_by_side(count: int) -> Tensor:
+    """Where our rows, of which two are a pair, stand among TRL's, which are in two halves of `count`."""
+    return torch.tensor([half * count + i for i in range(count) for half in (0, 1)])
 
 
 def widened(stream: list[Any], columns: int) -> Tensor:
@@ -233,9 +357,7 @@ def widened(stream: list[Any], columns: int) -> Tensor:
 def test_pairs(name: str, recent: Any) -> None:
     asked, answer = recent[0]["pairs"], recent[1]["pairs"][name]
     cls, settings, _ = PAIRS[name]
-    count = len(LENGTHS) // 2
-    # Ours stand side by side, TRL's in two halves.
-    order = torch.tensor([half * count + i for i in range(count) for half in (0, 1)])
+    order = side_by_side(len(LENGTHS) // 2)
     batch = batch_of([LENGTHS[i] for i in order.tolist()], pairs=True)
     columns = batch.tokens.shape[1]
     logprobs = widened(asked["logprobs"], columns)[order].requires_grad_()
@@ -249,36 +371,43 @@ def test_pairs(name: str, recent: Any) -> None:
     same(logprobs.grad[:, 1:], torch.tensor(answer["gradients"][0])[order])
 
 
-def test_pairs_without_a_reference(recent: Any) -> None:
-    asked, answers = recent[0]["without_reference"], recent[1]["without_reference"]
-
-    def of(name: str, chosen: Tensor, rejected: Tensor) -> Tensor:
-        if name == "cpo":
-            return preferences.cpo(chosen, rejected, 0.4, label_smoothing=0.1)[0]
-        if name == "simpo":
-            return preferences.simpo(chosen, rejected, 2.0, 0.7, label_smoothing=0.1)[0]
-        return preferences.orpo(chosen, rejected, 0.4)[0] + chosen.sum()  # without the imitation of the chosen
-
-    for name in asked["losses"]:
-        sides = [torch.tensor(asked[side], dtype=torch.float64, requires_grad=True) for side in ("chosen", "rejected")]
-        loss = of(name, *sides) / len(sides[0])
-        loss.backward()
-        same(loss.item(), answers[name]["loss"])
-        for side, gradient in zip(sides, answers[name]["gradients"], strict=True):
-            assert side.grad is not None
-            same(side.grad, gradient)
+@pytest.mark.parametrize("name", ALONE)
+def test_pairs_without_a_reference(name: str, recent: Any) -> None:
+    asked, answer = recent[0]["without_reference"][name], recent[1]["without_reference"][name]
+    cls, settings, _, prompt, lengths = ALONE[name]
+    order = side_by_side(len(lengths) // 2)
+    batch = texts([lengths[i] for i in order.tolist()], prompt, pairs=True)
+    logits = torch.tensor(asked["logits"], dtype=torch.float64)[order].requires_grad_()
+    said = logits[:, :-1].log_softmax(-1).gather(2, batch.tokens[:, 1:, None]).squeeze(2)
+    logprobs = torch.nn.functional.pad(said, (1, 0))
+    batch = Batch(**{**batch.tensors(), "targets": torch.ones(len(batch))})
+    own = algorithm(cls, settings)
+    loss = own.objective(logprobs, batch)[0] / own.weight(batch)
+    loss.backward()
+    same(loss.item(), answer["loss"])
+    assert logits.grad is not None
+    same(logits.grad, torch.tensor(answer["gradients"][0])[order])
 
 
-def test_reward(recent: Any) -> None:
-    asked, answers = recent[0]["rewards"], recent[1]["rewards"]
-    margins = torch.tensor(asked["margin"], dtype=torch.float64)
-    for name, margin in (("reward", 0.0), ("reward with margins", margins)):
-        scores = torch.tensor(asked["scores"], dtype=torch.float64, requires_grad=True)
-        loss = bradley_terry(scores[:4], scores[4:], margin=margin)[0] / 4
-        loss.backward()
-        same(loss.item(), answers[name]["loss"])
-        assert scores.grad is not None
-        same(scores.grad, answers[name]["gradients"][0])
+@pytest.mark.parametrize("name", REWARDS)
+def test_reward(name: str, recent: Any) -> None:
+    asked, answer = recent[0]["rewards"], recent[1]["rewards"][name]
+    options, count = REWARDS[name], len(asked["margin"])
+    order = side_by_side(count)
+    batch = batch_of([1] * 2 * count, pairs=True)
+    scores = torch.tensor(asked["scores"], dtype=torch.float64)[order].requires_grad_()
+    margins = torch.tensor(asked["margin"], dtype=torch.float64) * options["margin"]
+    targets = torch.stack([torch.tensor([1.0, 0.0]).repeat(count), torch.stack([margins, -margins], 1).flatten()], 1)
+    batch = Batch(**{**batch.tensors(), "targets": targets})
+    # TRL centres by the square of a pair's sum, which is twice the sum of its squares less the square of its gap.
+    theirs = options["centering"] or 0.0
+    own = algorithm(reward.FromComparisons, verbs.Reward(centering=4 * theirs, **COMMON))
+    gaps = (scores[0::2] - scores[1::2]).square().mean()
+    loss = own.judge(batch, scores)[0] / own.weight(batch) - theirs * gaps
+    loss.backward()
+    same(loss.item(), answer["loss"])
+    assert scores.grad is not None
+    same(scores.grad, torch.tensor(answer["gradients"][0])[order])
 
 
 def test_kto(recent: Any) -> None:
@@ -321,6 +450,40 @@ def test_rollouts(name: str, recent: Any) -> None:
     same(loss.item(), answer["loss"])
     assert logprobs.grad is not None
     same(logprobs.grad[:, PROMPT:], answer["gradients"][0])
+
+
+@pytest.mark.parametrize("name", CREDIT)
+def test_advantages_within_a_group(name: str, recent: Any) -> None:
+    asked, expected = recent[0]["credit"], torch.tensor(recent[1]["credit"][name], dtype=torch.float64)
+    cls, settings, options = CREDIT[name]
+    batch = batch_of(LENGTHS + LENGTHS[:4])
+    scores = torch.tensor(asked["scores"], dtype=torch.float64)
+    old, reference = (widened(asked[stream], batch.tokens.shape[1]) for stream in ("old", "reference"))
+    rewards = kl_shaped_rewards(scores, old, reference, batch.actions, options.get("kl", 0.0))
+    found = algorithm(cls, settings).credit(batch, rewards)
+    if options.get("scale") == "group":  # TRL adds 1e-4 to the spread
+        spread = scores.view(-1, GROUP).std(1).repeat_interleave(GROUP)
+        found = found * (spread / (spread + 1e-4))[:, None]
+    same(found, expected[:, None] * batch.actions)
+
+
+def test_online_dpo(recent: Any) -> None:
+    asked, answer = recent[0]["online"], recent[1]["online"]
+    order = side_by_side(len(LENGTHS) // 2)
+    batch = batch_of([LENGTHS[i] for i in order.tolist()])
+    columns = batch.tokens.shape[1]
+    logprobs = widened(asked["logprobs"], columns)[order].requires_grad_()
+    worst, best = online.extremes(torch.tensor(asked["scores"])[order], 2)
+    rows = torch.stack([best, worst], 1).flatten()
+    batch = Batch(**{**batch.tensors(), "reference_logprobs": widened(asked["reference"], columns)[order]}).rows(rows)
+    output = Output(logprobs=torch.where(batch.actions, logprobs[rows], 0.0))
+    settings = verbs.OnlineDPO(rewards="", beta=0.3, **COMMON)
+    own = algorithm(online.OnlineDirectPreference, settings, model=lambda *_, **__: output)
+    loss = own.loss(batch)[0] / own.weight(batch)
+    loss.backward()
+    same(loss.item(), answer["loss"])
+    assert logprobs.grad is not None
+    same(logprobs.grad[:, PROMPT:], torch.tensor(answer["gradients"][0])[order])
 
 
 # ------------------------------------------------------------------------------------------------------- 1.12.0

@@ -12,6 +12,7 @@ import json
 import sys
 import textwrap
 from collections import defaultdict
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -98,27 +99,33 @@ def pairs(given):
 
 
 def without_reference(given):
-    """CPO, SimPO and the odds-ratio term of ORPO, of one number for each answer; the mean over pairs."""
+    """CPO, SimPO and ORPO, from logits to the loss of a batch: rows are the chosen answers, then the rejected ones."""
+    return {name: _without_reference(case) for name, case in given.items()}
+
+
+def _without_reference(given):
     from trl.experimental.cpo import CPOTrainer
     from trl.experimental.orpo import ORPOTrainer
 
-    data, found = tensors(given), {}
-    for name, options in given["losses"].items():
-        chosen, rejected = (data[side].clone().requires_grad_() for side in ("chosen", "rejected"))
-        if options["type"] == "orpo":
-            # TRL rounds to float32 here; in float64 its own lines are as exact as ours.
-            losses = -_in_float64(ORPOTrainer.odds_ratio_loss)(trainer(beta=options["beta"]), chosen, rejected)[0]
-        else:
-            own = trainer(
-                beta=options["beta"],
-                alpha=0.0,
-                loss_type=options["type"],
-                simpo_gamma=options.get("gamma", 0.0),
-                label_smoothing=options["label_smoothing"],
-            )
-            losses = CPOTrainer.cpo_loss(own, chosen, rejected)[0]
-        found[name] = judged(losses.mean(), chosen, rejected)
-    return found
+    data, options = tensors(given), given["options"]
+    labels = torch.where(data["mask"], data["tokens"], -100)
+    count = len(labels) // 2
+    batch = {
+        f"{side}_{name}": stream[rows]
+        for side, rows in (("chosen", slice(count)), ("rejected", slice(count, None)))
+        for name, stream in {"input_ids": data["tokens"], "attention_mask": data["attention"], "labels": labels}.items()
+    }
+    own = trainer(is_encoder_decoder=False, pad_token_id=0, padding_value=0, **options)
+    owner = ORPOTrainer if options["loss_type"] == "orpo" else CPOTrainer
+    own.concatenated_inputs, own.get_batch_logps = owner.concatenated_inputs, owner.get_batch_logps
+    own.concatenated_forward = partial(owner.concatenated_forward, own)
+    if owner is ORPOTrainer:  # TRL rounds to float32 here; in float64 its own lines are as exact as ours
+        own.odds_ratio_loss = partial(_in_float64(owner.odds_ratio_loss), own)
+    else:
+        own.cpo_loss = partial(owner.cpo_loss, own)
+    logits = data["logits"].clone().requires_grad_()
+    output = SimpleNamespace(logits=logits)
+    return judged(owner.get_batch_loss_metrics(own, lambda *_, **__: output, batch)[0], logits)
 
 
 def _in_float64(method):
@@ -130,14 +137,15 @@ def _in_float64(method):
 
 
 def rewards(given):
-    """Bradley-Terry with margins."""
+    """Bradley-Terry, with margins, and with scores that are drawn to zero."""
     from trl import RewardTrainer
 
     data, found = tensors(given), {}
-    for name, margin in (("reward", None), ("reward with margins", data["margin"])):
+    for name, options in given["losses"].items():
         scores = data["scores"].clone().requires_grad_()
-        inputs = {"attention_mask": torch.ones(len(scores), 1)} | ({} if margin is None else {"margin": margin})
-        own = trainer(args=SimpleNamespace(center_rewards_coefficient=None))
+        margin = {"margin": data["margin"]} if options["margin"] else {}
+        inputs = {"attention_mask": torch.ones(len(scores), 1), **margin}
+        own = trainer(args=SimpleNamespace(center_rewards_coefficient=options["centering"]))
         output = SimpleNamespace(logits=scores[:, None])
         found[name] = judged(RewardTrainer.compute_loss(own, lambda output=output, **_: output, inputs), scores)
     return found
@@ -214,6 +222,59 @@ def rollouts(given):
         owner = RLOOTrainer if options["type"] == "rloo" else GRPOTrainer
         found[name] = judged(owner._compute_loss(own, None, inputs), logprobs)
     return found
+
+
+def credit(given):
+    """Advantages of GRPO and RLOO, which TRL works out inside one long method each: the lines of it that do."""
+    from trl.trainer import grpo_trainer, rloo_trainer
+
+    data, found = tensors(given), {}
+    mask = data["mask"].long()
+    for name, options in given["cases"].items():
+        owner = rloo_trainer if name == "rloo" else grpo_trainer
+        own = trainer(
+            reward_weights=torch.ones(1, dtype=torch.float64),
+            multi_objective_aggregation="sum_then_normalize",
+            reward_clip_range=None,
+            normalize_advantages=False,
+            scale_rewards=options.get("scale", "none"),
+            beta=options.get("kl", 0.0),
+        )
+        space = dict(vars(owner)) | {
+            "self": own,
+            "rewards_per_func": data["scores"][:, None],
+            "num_generations": given["group"],
+            "device": torch.device("cpu"),
+            "old_per_token_logps": data["old"],
+            "ref_per_token_logps": data["reference"],
+            "completion_mask": mask,
+            "gather": lambda x: x,
+        }
+        method = (owner.RLOOTrainer if name == "rloo" else owner.GRPOTrainer)._generate_and_score_completions
+        source = inspect.getsource(method)
+        _run(source, "unscorable_mask = torch.isnan(", "# Slice to keep only the local part", space)
+        found[name] = space["advantages"].tolist()
+    return found
+
+
+def online(given):
+    """Online DPO, inside one long method too: rows are each prompt's first completion, then each one's second."""
+    from trl.experimental.online_dpo import online_dpo_trainer
+
+    data = tensors(given)
+    logprobs = data["logprobs"].clone().requires_grad_()
+    space = dict(vars(online_dpo_trainer)) | {
+        "self": trainer(beta=given["beta"], args=SimpleNamespace(loss_type="sigmoid")),
+        "rewards": data["scores"],
+        "batch_size": len(logprobs) // 2,
+        "device": torch.device("cpu"),
+        "logprobs": logprobs,
+        "ref_logprobs": data["reference"],
+        "completion_mask": data["mask"].long(),
+    }
+    source = inspect.getsource(online_dpo_trainer.OnlineDPOTrainer.training_step)
+    _run(source, "# Split rewards into chosen/rejected pairs", "# Log everything", space)
+    return judged(space["loss"], logprobs)
 
 
 # ---------------------------------------------------------------------------------------------------- 1.12.0
@@ -297,6 +358,8 @@ WHAT = {
     "rewards": rewards,
     "answers": answers,
     "rollouts": rollouts,
+    "credit": credit,
+    "online": online,
     "classifier": classifier,
     "proximal": proximal,
 }

@@ -165,6 +165,7 @@ def test_a_rollout_is_whole_batches_of_whole_groups():
     check_rollout(64, 16, 4)
     assert "batch_size (16) must divide rollout (24)" in told(check_rollout, 24, 16, 4)
     assert "group (3) must divide batch_size (16)" in told(check_rollout, 32, 16, 3)
+    assert "batch_size (16) must be rollout (32): nothing here corrects" in told(check_rollout, 32, 16, 4, True)
 
 
 def test_every_process_has_a_row():

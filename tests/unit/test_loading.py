@@ -364,3 +364,17 @@ def test_a_model_that_only_has_eager_attention_loads_too(tmp_path):
     assert policy.config._attn_implementation == "eager"
     assert policy.rearranges
     assert torch.equal(policy(replace(BATCH, tokens=BATCH.tokens * BATCH.attention)).logprobs, policy(BATCH).logprobs)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_an_encoder_is_no_policy(kind, tmp_path):
+    tiny.encoder(tmp_path, kind)
+    AutoModelForCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    with pytest.raises(PlauditError, match=r"LMHeadModel\) looks both ways|ForCausalLM\) looks both ways") as told:
+        load_policy(str(tmp_path))
+    assert str(told.value).endswith("so it cannot continue a text: take a causal or an encoder-decoder model.")
+    assert repr(str(tmp_path)) in str(told.value)
+    policy = load_policy(tiny.encoder(tmp_path / "decoder", kind, is_decoder=True))
+    begun = replace(BATCH, tokens=BATCH.tokens.clone())
+    begun.tokens[2, 4] = 11
+    assert torch.equal(policy(begun).logprobs[2, :4], policy(BATCH).logprobs[2, :4])

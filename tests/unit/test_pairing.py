@@ -34,7 +34,7 @@ def test_the_side_that_more_people_prefer_is_chosen_and_ties_are_left_out_unless
     assert found[0].preference == pytest.approx(0.8)
     assert notes == ["1 ties left out: this loss has no use for them"]
     assert comparisons(given, soft=True) == (given, [])
-    with pytest.raises(PlauditError, match="there is no pair of answers of which people prefer one: take `kto` or"):
+    with pytest.raises(PlauditError, match=r"prefer one: take data of comparisons.$"):
         comparisons(given[1:2], soft=False)
 
 
@@ -43,8 +43,27 @@ def test_rankings_of_comparisons():
     found, notes = rankings(given)
     assert [(one.completions, one.ranks) for one in found] == [(("b", "a"), (1, 2))]
     assert notes == ["1 prompts left out: people found their answers equally good"]
-    with pytest.raises(PlauditError, match="no prompt has two answers of which people prefer one"):
-        rankings([Rating("1", "a", (1.0,)), Rating("2", "b", (0.0,))])
+
+
+def test_other_verbs_are_named_only_to_those_whose_data_they_take():
+    singles = [Rating("1", "a", (1.0,)), Rating("2", "b", (0.0,))]
+    with pytest.raises(PlauditError, match=r"^data: no prompt has two answers of which .*: take `kto` or `bco`, which"):
+        comparisons(singles, soft=False)
+    scores = [Rating("1", "a", (5.0,)), Rating("2", "b", (1.0,))]
+    for form, *more in ((rankings,), (comparisons, False)):
+        with pytest.raises(PlauditError, match=r"^eval_data: no prompt has .*: take data of .* or .* by `reward`.$"):
+            form(scores, *more, "eval_data")
+    with pytest.raises(PlauditError, match=r"prefer one: take data of comparisons.$"):
+        rankings([Ranking("1", ("a", "b"), (1, 1))])
+
+
+def test_held_out_answers_may_all_be_good_but_not_all_undecided():
+    found, notes = thumbs([Rating("1", "a", (1.0,))], "eval_data")
+    assert ([one.ratings for one in found], notes) == ([(1.0,)], [])
+    with pytest.raises(PlauditError, match=r"^eval_data: as many people found each answer good as bad: add answers"):
+        thumbs([Rating("1", "a", (1.0, 0.0))], "eval_data")
+    with pytest.raises(PlauditError, match=r"^eval_data: a rating of 3 is neither"):
+        thumbs([Rating("1", "a", (3.0,))], "eval_data")
 
 
 def test_thumbs_of_comparisons_and_of_several_people():

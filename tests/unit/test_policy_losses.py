@@ -237,3 +237,16 @@ def test_b29_b39_rows_add_up_and_what_is_no_action_is_not_seen(name: str) -> Non
     assert torch.autograd.grad(dirty, given_)[0][~ACTIONS].eq(0).all()
     empty, stats = losses(torch.zeros_like(ACTIONS))[name](new, old, gains)
     assert [empty.item(), *(value.item() for value in stats.values())] == [0] * (1 + len(stats))
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.0, -1.0])
+def test_a_long_sequence_that_has_moved_far_is_still_a_number(gain: float) -> None:
+    actions = torch.ones(1, 1000, dtype=torch.bool)
+    new = torch.full((1, 1000), 0.5, requires_grad=True)
+    loss, _ = sequence_surrogate(
+        new, torch.zeros(1, 1000), torch.full((1, 1000), gain), actions, (0.2, 0.2), mean=False
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx({1.0: -1.2, 0.0: 0.0, -1.0: math.exp(20)}[gain], rel=1e-5)
+    assert new.grad is not None
+    assert new.grad.isfinite().all()

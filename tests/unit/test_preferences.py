@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from plaudit import preferences
+from plaudit import DiscoPOP, preferences
 
 Scalar = Callable[[float, float, float], float]
 LOG3 = math.log(3)
@@ -314,3 +314,23 @@ def test_density_ratios_are_those_of_the_best_classifier() -> None:
     assert slope[0] > 0.2
     held = preferences.density_ratios(good, bad, 100 * double(1, -1)[:, None] * probes[1:2], 0.5, 10.0)
     assert held.tolist() == [10.0, 0.5]
+
+
+def test_discopop_first_steps_go_the_right_way_at_its_default_and_not_at_the_papers():
+    def slope(tau: float) -> float:
+        lead = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        preferences.discopop(lead, torch.zeros(1, dtype=torch.float64), 1.0, tau)[0].backward()
+        return float(lead.grad)
+
+    for tau in (DiscoPOP.tau, 0.05):
+        assert slope(tau) == pytest.approx(-0.75 + (1 - math.log(2)) / (4 * tau))
+    assert slope(DiscoPOP.tau) < 0 < slope(0.05)
+
+
+def test_discopop_far_behind_is_still_a_number():
+    lead = torch.tensor([-500.0], requires_grad=True)
+    loss, _ = preferences.discopop(lead, torch.zeros(1), 1.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(500.0)
+    assert lead.grad is not None
+    assert lead.grad.isfinite().all()

@@ -79,7 +79,10 @@ def test_a_file_may_hold_dataclasses(tmp_path):
         ("'ab'", "returned 'ab': it must be"),
         ("{0: 1.0, 1: 2.0}", "returned {0: 1.0, 1: 2.0}: it must be"),
         ("[1.0, None]", "returned NaN or None for a completion of prompt 1"),
-        ("['1', 2]", "returned '1' for completion 0: it must be a finite number, or NaN or None"),
+        ("['1', 2]", "returned '1' for completion 0: it must be a finite number (float32: at most 3.4e38), or NaN or"),
+        ("[0, 1e39]", "returned 1e+39 for completion 1: it must be a finite number"),
+        ("[0, -10**400]", "returned -1000"),
+        ("[torch.zeros(3, 3), 1]", "returned tensor([[0., 0., 0.], [0., 0., 0.], [0., 0., 0.]]) for completion 0"),
         ("[0, float('nan')]", "returned NaN or None for a completion of prompt 1"),
         ("[float('inf'), 0]", "returned inf for completion 0"),
         ("[0, -float('inf')]", "returned -inf for completion 1"),
@@ -155,7 +158,7 @@ def test_functions_that_cannot_be_loaded(tmp_path):
             load_rewards(module)
 
 
-@pytest.mark.parametrize("text", ["import no_such_module_here\n", "def reward(:\n", "1 / 0\n"])
+@pytest.mark.parametrize("text", ["import no_such_module_here\n", "def reward(:\n", "1 / 0\n", "raise SystemExit\n"])
 def test_a_file_that_cannot_be_run(tmp_path, text):
     spec = source(tmp_path / "mine.py", text)
     with pytest.raises(PlauditError, match=r"mine\.py cannot be run: ") as caught:
@@ -192,9 +195,9 @@ def test_a_source_that_does_not_apply_is_left_out_of_the_sum():
     each = rewards.each(texts, texts, {})
     assert each.isnan().tolist() == [[False, True, False], [True, False, False], [True, False, True]]
     assert rewards.total(each).tolist() == [2.0, 5.0, 16.0]
-    message = "reward 'two' and reward 'none' returned NaN or None for a completion of prompt 40: that says"
+    message = "reward 'two' and reward 'none' returned NaN or None for a completion of the prompt at d:40: that says"
     with pytest.raises(PlauditError, match=message):
-        Rewards({"two": sources["two"], "none": sources["none"]})(texts, texts, {}, [40, 41, 41])
+        Rewards({"two": sources["two"], "none": sources["none"]})(texts, texts, {}, ["d:40", "d:41", "d:41"])
 
 
 def test_names_are_short_unless_two_would_be_the_same():
@@ -203,10 +206,30 @@ def test_names_are_short_unless_two_would_be_the_same():
     assert short == ["runs/one/final", "runs/two/final", "b.py:f", "count:a/b", "label:GOOD", "judge"]
 
 
-def test_a_failure_names_the_first_prompt_of_the_call(tmp_path):
-    spec = source(tmp_path / "mine.py", "def reward(**columns):\n    raise ValueError('no')\n")
-    with pytest.raises(PlauditError, match=r"no \(\S+mine\.py:2\), in a call whose first prompt is number 7\."):
-        load_rewards(spec)(["a", "b"], ["c", "d"], {}, [7, 3])
+def failing(tmp_path, body, where=("d:7", "d:3", "d:3", "d:9")):
+    """What is told when a reward function of this body gets four completions of three prompts."""
+    spec = source(tmp_path / "mine.py", f"import sys\ndef reward(prompts, completions, level):\n    {body}\n")
+    with pytest.raises(PlauditError) as caught:
+        load_rewards(spec)(["a", "b", "b", "a"], ["1", "2", "3", ""], {"level": [5, 6, 6, 0]}, where)
+    return str(caught.value).removeprefix(f"reward {spec!r} failed: ").replace(f"{tmp_path}/", "")
+
+
+def test_a_failure_names_the_prompt_that_it_comes_from(tmp_path):
+    found = failing(tmp_path, "return [1 / n for n in level]")
+    assert found == "ZeroDivisionError: division by zero (mine.py:3), at the prompt at d:9."
+    found = failing(tmp_path, "return [float(said[0]) for said in completions]", None)
+    assert found == "IndexError: string index out of range (mine.py:3), at prompt 3."
+    # The completions of a prompt stay together; what fails otherwise, or not at all, is not to blame.
+    found = failing(tmp_path, "assert len(prompts) == 1\n    raise ValueError('no')")
+    assert found == "AssertionError (mine.py:3), at the prompt at d:3."
+    found = failing(tmp_path, "if len(prompts) > 2: raise ValueError('many')\n    raise ValueError('few')")
+    assert found == "ValueError: many (mine.py:3), in a call whose first prompt is the prompt at d:7."
+
+
+def test_a_failure_is_told_on_one_line_and_an_exit_is_one(tmp_path):
+    found = failing(tmp_path, "raise ValueError('one\\n  two\\r\\n\\nthree ')")
+    assert found == "ValueError: one two three (mine.py:3), at the prompt at d:7."
+    assert failing(tmp_path, "sys.exit('enough')") == "SystemExit: enough (mine.py:3), at the prompt at d:7."
 
 
 def test_scaling_leaves_the_mean_where_it_is():
@@ -383,3 +406,8 @@ def test_a_label_that_the_model_does_not_have(tmp_path):
     name = classifier(tmp_path)
     with pytest.raises(PlauditError, match=r"has no label 'great'; its labels are bad, good\."):
         load_rewards(f"label:great@{name}")
+
+
+def test_rewards_that_are_all_alike_so_far_are_not_scaled():
+    values = torch.full((4,), -1.0)
+    assert Rewards({}, scale=True).shaped(values, values).tolist() == [-1.0] * 4

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
+import shutil
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import examples
@@ -161,14 +161,19 @@ def test_the_same_seed_gives_the_same_bytes_and_leaves_other_random_numbers_alon
     assert files[0]["tokenizer.json"] == files[2]["tokenizer.json"]
 
 
-def test_a_run_that_has_begun_keeps_its_model_and_one_that_has_not_makes_it_anew(tmp_path):
+def test_nothing_that_stands_there_is_replaced(tmp_path):
     made(tmp_path, LINE, seed=1)
-    first = load_file(tmp_path / "initial" / "model.safetensors")
-    made(tmp_path, LINE, seed=2)
-    second = load_file(tmp_path / "initial" / "model.safetensors")
-    name = "transformer.wte.weight"
-    assert not torch.equal(first[name], second[name])
+    first = (tmp_path / "initial" / "model.safetensors").read_bytes()
+    made(tmp_path, LINE, seed=1)  # the same again: a run that was broken off before its first step
+    with pytest.raises(PlauditError, match="initial holds something else than what these settings and data make"):
+        made(tmp_path, LINE, seed=2)
     (tmp_path / "checkpoints").mkdir()
-    made(tmp_path, LINE, seed=1)
-    assert torch.equal(load_file(tmp_path / "initial" / "model.safetensors")[name], second[name])
+    made(tmp_path, LINE, seed=2)  # a run that has begun keeps its model
+    assert (tmp_path / "initial" / "model.safetensors").read_bytes() == first
+    (tmp_path / "mine" / "initial").mkdir(parents=True)
+    (tmp_path / "mine" / "initial" / "thesis.txt").write_text("three years of work")
+    with pytest.raises(PlauditError, match="holds something else"):
+        made(tmp_path / "mine", LINE, seed=1)
+    assert [path.name for path in (tmp_path / "mine" / "initial").iterdir()] == ["thesis.txt"]
+    shutil.rmtree(tmp_path / "mine")
     assert {path.name for path in tmp_path.iterdir()} == {"initial", "checkpoints"}

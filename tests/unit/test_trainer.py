@@ -8,6 +8,7 @@ import pytest
 
 import examples
 import plaudit
+import watched
 from plaudit.trainer import Trainer, _optimizer
 
 
@@ -94,3 +95,15 @@ def test_gradients_are_scaled_down_to_the_norm_asked_for(at, tmp_path):
         moves[norm] = plaudit.train(settings).metrics()[1]
     # The norm that is logged is the one before scaling.
     assert moves[0.0]["gradient_norm"] == moves[1e-4]["gradient_norm"] == moves[1e6]["gradient_norm"] > 0.1
+
+
+def test_a_batch_with_nothing_to_learn_from_moves_nothing(at, tmp_path, monkeypatch):
+    settings = examples.settings("sft", at, tmp_path / "run", steps=3, evaluate_every=0, weight_decay=0.5, save_every=0)
+    algorithm = examples.built(settings)
+    monkeypatch.setattr(type(algorithm), "weight", lambda self, batch: batch.actions.sum() * (self.position == 1))
+    seen = watched.train(settings)
+    weights = {name: p.detach().clone() for name, p in seen.trainer.algorithm.policy.learning().items()}
+    first = watched.train(dataclasses.replace(settings, output=str(tmp_path / "one"), steps=1, schedule="constant"))
+    assert seen.trainer.step == 3
+    assert {state["step"].item() for state in seen.trainer.optimizer.state.values()} == {1.0}
+    assert weights.keys() == first.trainer.algorithm.policy.learning().keys()

@@ -60,6 +60,10 @@ class Algorithm:
     def after_step(self, step: int) -> None:
         """Called once the optimizer has moved."""
 
+    def named(self, index: list[int]) -> str:
+        """These values of a batch's `index`, as a person finds what they stand for."""
+        return f"rows {index} of those trained on, the first being 0"
+
     def evaluate(self) -> dict[str, float]:
         """Held-out figures of the present policy."""
         return {}
@@ -98,9 +102,16 @@ class Algorithm:
 
 
 class FromData(Algorithm):
-    """An algorithm whose batches are rows of a data set, in the order of a seed."""
+    """An algorithm whose batches are rows of a data set, in the order of the settings' seed.
 
-    order: Order
+    data, held   what it learns from, and what its evaluations are made on
+    """
+
+    def __init__(self, settings: Any, world: World, policy: Policy, data: list[Any], held: list[Any]) -> None:
+        super().__init__(policy, world, settings.tokens_per_pass)
+        self.settings, self.data, self.held = settings, data, held
+        self.order = Order(len(data), settings.batch_size, settings.seed)
+        self.steps = settings.steps or self.order.steps(settings.epochs)
 
     def collate(self, indices: list[int]) -> Batch:
         """The batch of these rows of the data."""

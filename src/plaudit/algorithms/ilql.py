@@ -12,15 +12,12 @@ from torch import Tensor
 from plaudit.algorithms.base import FromData, Stats
 from plaudit.algorithms.sft import rows
 from plaudit.batch import Batch
-from plaudit.data import Order
 from plaudit.errors import PlauditError
 from plaudit.losses import nll
 from plaudit.numerics import masked_sum
 from plaudit.offline_losses import conservative, expectile, next_values, temporal_difference, weighted_imitation
-from plaudit.policy import Policy
 from plaudit.settings import ILQL
 from plaudit.templates import Encoded
-from plaudit.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +52,7 @@ class ImplicitLanguageQLearning(FromData):
     """V is an expectile of what the target Q heads give the logged tokens, Q is the reward plus the discounted V of
     the next state, and the policy imitates; decoding tilts it by Q - V. The unit is a token."""
 
-    def __init__(self, settings: ILQL, world: World, policy: Policy, data: list[Logged], held: list[Logged]) -> None:
-        super().__init__(policy, world, settings.tokens_per_pass)
-        self.settings, self.data, self.held = settings, data, held
-        self.order = Order(len(data), settings.batch_size, settings.seed)
-        self.steps = settings.steps or self.order.steps(settings.epochs)
+    settings: ILQL
 
     def collate(self, indices: list[int]) -> Batch:
         return self.logged(self.data, indices)

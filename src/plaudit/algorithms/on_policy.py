@@ -13,7 +13,7 @@ from plaudit.advantages import RunningMoments, degenerate, overlong_penalty
 from plaudit.algorithms.base import Algorithm
 from plaudit.batch import Batch, collate
 from plaudit.data import Order
-from plaudit.errors import PlauditError
+from plaudit.errors import PlauditError, SharedError
 from plaudit.policy import Policy
 from plaudit.records import Prompt
 from plaudit.rewards import Rewards
@@ -29,6 +29,11 @@ class Asked:
 
     record: Prompt
     ids: list[int]
+
+    @property
+    def where(self) -> str:
+        """What a person finds it by: file and line, or how it begins if it comes from neither."""
+        return self.record.where or f"{self.record.prompt!r:.60}"
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -49,13 +54,12 @@ class Completion:
 
 def score(rewards: Rewards, asked: Sequence[Asked], texts: Sequence[str], world: World) -> Tensor:
     """(n,) raw rewards of completions; the prompts' other columns go to the reward functions by name."""
-    return rewards.total(score_each(rewards, asked, texts, world))
+    return score_each(rewards, asked, texts, world)[1]
 
 
-def score_each(
-    rewards: Rewards, asked: Sequence[Asked], texts: Sequence[str], world: World, index: Sequence[int] | None = None
-) -> Tensor:
-    """(sources, n) the same, of each source, NaN where it does not apply; `index` numbers the prompts in messages."""
+def score_each(rewards: Rewards, asked: Sequence[Asked], texts: Sequence[str], world: World) -> tuple[Tensor, Tensor]:
+    """(sources, n) rewards of each source, NaN where it does not apply, and (n,) their weighted sums. Raises
+    SharedError on all processes if scoring fails on any."""
     names = sorted({name for a in asked for name in a.record.columns})
     columns = {name: [a.record.columns.get(name) for a in asked] for name in names}
     prompts = [a.record.prompt for a in asked]
@@ -63,8 +67,17 @@ def score_each(
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(prompts, texts, strict=True)
     ]
-    with world.autocast():
-        return rewards.each(prompts, said, columns, index)
+    where = [a.where for a in asked]
+    failure: PlauditError | None = None
+    try:
+        with world.autocast():
+            each = rewards.each(prompts, said, columns, where)
+        raw = rewards.total(each, where)
+    except PlauditError as error:
+        failure = error
+    if told := [sentence for sentence in world.gather([str(failure or "")]) if sentence]:
+        raise SharedError(told[0]) from failure
+    return each, raw
 
 
 class OnPolicyAlgorithm(Algorithm):
@@ -152,8 +165,7 @@ class OnPolicyAlgorithm(Algorithm):
         places = [i for i in mine for _ in range(settings.group)]
         asked = [self.data[i] for i in places]
         texts = [self.template.decode(completion) for completion in drawn.completions]
-        each = score_each(self.rewards, asked, texts, self.world, places)
-        raw = self.rewards.total(each, places)
+        each, raw = score_each(self.rewards, asked, texts, self.world)
         truncated = torch.tensor(drawn.truncated, dtype=torch.bool)
         lengths = torch.tensor([len(ids) for ids in drawn.completions])
         shaped = self.rewards.shaped(raw, torch.cat(self.world.gather([raw])))
@@ -220,6 +232,9 @@ class OnPolicyAlgorithm(Algorithm):
 
     def weight(self, batch: Batch) -> Tensor:
         return batch.actions.sum()
+
+    def named(self, index: list[int]) -> str:
+        return f"rows {', '.join(self.data[i].where for i in index)} of the data"
 
     def evaluate(self) -> dict[str, float]:
         """The mean reward of one completion of each held-out prompt, drawn with the same numbers every time."""

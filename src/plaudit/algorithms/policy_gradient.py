@@ -67,7 +67,8 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
     def measured(self, batch: Batch) -> tuple[Batch, Tensor]:
         """The batch with what learner and reference make of it, and (B, T) what each action earned.
 
-        The policy that sampled is scored again by the learner, once: ratios then start at 1 in every precision.
+        The policy that sampled is scored again by the learner, once: ratios then start at 1, but for the rounding of a
+        batch that is cut otherwise.
         """
         actions, in_reward = batch.actions, self.settings.kl_term == "reward"
         own = self.over(batch, lambda part: self.policy(part, values=True))
@@ -82,10 +83,11 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         self.check_start(batch.logprobs, own.logprobs, kept, actions)
         weight = self.controller.coefficient
         rewards = kl_shaped_rewards(batch.scores, own.logprobs, kept, actions, weight if in_reward else 0.0)
-        self.notes["kl"] = self.mean((kl_k1(own.logprobs, kept) * actions).sum(1))
-        self.controller = self.controller.updated(self.notes["kl"], self.settings.rollout)
-        # In the loss, the weight counts as it is now; in the reward, as it was when this was earned.
-        self.notes["kl_coefficient"] = weight if in_reward else self.controller.coefficient
+        if reference is not None:
+            self.notes["kl"] = self.mean((kl_k1(own.logprobs, kept) * actions).sum(1))
+            self.controller = self.controller.updated(self.notes["kl"], self.settings.rollout)
+            # In the loss, the weight counts as it is now; in the reward, as it was when this was earned.
+            self.notes["kl_coefficient"] = weight if in_reward else self.controller.coefficient
         kept_for_loss = None if in_reward else reference
         return replace(batch, logprobs=own.logprobs, values=own.values, reference_logprobs=kept_for_loss), rewards
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from plaudit import preferences, reference
 from plaudit.algorithms.base import FromData, Stats
 from plaudit.batch import Batch, collate
-from plaudit.data import Order
 from plaudit.numerics import at_actions
 from plaudit.policy import Policy
 from plaudit.settings.preference import Precomputable, Referenced
@@ -61,10 +60,7 @@ class PreferenceLearning(FromData):
     def __init__(
         self, settings: Settings, world: World, policy: Policy, data: list[Answers], held: list[Answers]
     ) -> None:
-        super().__init__(policy, world, settings.tokens_per_pass)
-        self.settings, self.data, self.held = settings, data, held
-        self.order = Order(len(data), settings.batch_size, settings.seed)
-        self.steps = settings.steps or self.order.steps(settings.epochs)
+        super().__init__(settings, world, policy, data, held)
         self.known: list[Tensor] | None = None
         self.known_held: list[Tensor] | None = None
         self.held_rows: Batch | None = None

@@ -15,7 +15,6 @@ from torch import Tensor
 from plaudit import statistics
 from plaudit.algorithms.base import FromData, Stats
 from plaudit.batch import Batch, collate
-from plaudit.data import Order
 from plaudit.errors import PlauditError
 from plaudit.losses import all_pairs, bradley_terry
 from plaudit.policy import Output, Policy
@@ -58,12 +57,9 @@ class RewardModelling(FromData):
         held: list[Judged],
         anchor: Sequence[list[int]] = (),
     ) -> None:
-        super().__init__(policy, world, settings.tokens_per_pass)
-        self.settings, self.held, self.anchor = settings, held, list(anchor)
         self.places, rest = divided(len(data), settings)
-        self.data, self.validation = [data[i] for i in self.places], [data[i] for i in rest]
-        self.order = Order(len(self.data), settings.batch_size, settings.seed)
-        self.steps = settings.steps or self.order.steps(settings.epochs)
+        super().__init__(settings, world, policy, [data[i] for i in self.places], held)
+        self.validation, self.anchor = [data[i] for i in rest], list(anchor)
         self.weight_decay = settings.weight_decay if settings.adaptive_weight_decay else None
         self.found: dict[str, Any] = {}
 
@@ -152,7 +148,8 @@ class RewardModelling(FromData):
             return
         scores = self.quiet_scores(collate(texts, [[]] * len(texts)).to(self.world.device)).double()
         mean, deviation = float(scores.mean()), float(scores.std(correction=0))
-        self.policy.normalise_scores(mean, max(deviation, 1e-8) if scaled else 1.0)
+        told_apart = deviation > 1e-6 * max(abs(mean), 1.0)  # scores that are all alike have no scale
+        self.policy.normalise_scores(mean, deviation if scaled and told_apart else 1.0)
         self.found |= {"score_mean": mean, "score_deviation": deviation}
 
     # ------------------------------------------------------------------------------------ adaptive weight decay
@@ -239,7 +236,8 @@ class FromRankings(RewardModelling):
         better = (rank[:, None] < rank[None, :]).float()
         same = batch.groups[:, None] == batch.groups[None, :]
         weight = (same & (rank[:, None] != rank[None, :])).float()
-        pairs = (same.float() @ weight.sum(1)) / 2
+        with torch.autocast(weight.device.type, enabled=False):  # counts, which bfloat16 would round
+            pairs = (same.float() @ weight.sum(1)) / 2
         return better, weight / pairs.clamp(min=1)[:, None]
 
     def weight(self, batch: Batch) -> Tensor:

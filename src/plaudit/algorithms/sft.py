@@ -9,12 +9,8 @@ from torch import Tensor
 
 from plaudit.algorithms.base import FromData, Stats
 from plaudit.batch import Batch, collate
-from plaudit.data import Order
 from plaudit.losses import nll
-from plaudit.policy import Policy
-from plaudit.settings import SFT
 from plaudit.templates import Encoded
-from plaudit.world import World
 
 
 def rows(encoded: list[Encoded], indices: list[int]) -> Batch:
@@ -26,12 +22,6 @@ def rows(encoded: list[Encoded], indices: list[int]) -> Batch:
 
 class SupervisedFineTuning(FromData):
     """Negative log-likelihood of what was said after the prompt, or of whole texts; the unit is a token."""
-
-    def __init__(self, settings: SFT, world: World, policy: Policy, data: list[Encoded], held: list[Encoded]) -> None:
-        super().__init__(policy, world, settings.tokens_per_pass)
-        self.data, self.held = data, held
-        self.order = Order(len(data), settings.batch_size, settings.seed)
-        self.steps = settings.steps or self.order.steps(settings.epochs)
 
     def collate(self, indices: list[int]) -> Batch:
         return rows(self.data, indices)

@@ -50,10 +50,13 @@ class KahnemanTversky(Unpaired):
         return self.based(super().heldout(), max(kl, 0.0))
 
     def mismatched(self, items: list[Answers], indices: list[int]) -> list[Answers]:
-        """Each prompt with the answer to the one before it, the first with that to the last; cut at max_tokens."""
+        """Each prompt with the answer to the nearest other prompt before it, the last being before the first; cut at
+        max_tokens. Where all prompts are one, with the answer before it."""
         answers = [items[i].encoded[0] for i in indices]
         found = []
-        for asked, said in zip(answers, answers[-1:] + answers[:-1], strict=True):
+        for i, asked in enumerate(answers):
+            before = (answers[i - back] for back in range(1, len(answers)))
+            said = next((answer for answer in before if answer.prompt != asked.prompt), answers[i - 1])
             room = self.settings.max_tokens - len(asked.prompt)
             found.append(Answers([Encoded(asked.prompt, said.completion[:room], said.actions[:room])], [0.0]))
         return found

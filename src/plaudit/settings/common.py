@@ -35,8 +35,6 @@ class Common:
     """cuda, mps or cpu; by default the first that is found."""
     threads: CountOrNone = 0
     """CPU threads; 0 leaves PyTorch's choice."""
-    max_prompt_tokens: Count = 512
-    """Longer prompts are left out and counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +73,8 @@ class Training(Common):
     """Train low-rank adapters of this rank instead of the weights; 0 trains the weights."""
     lora_alpha: Positive = 16.0
     """Scale of the adapters: alpha / rank."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     log_every: Count = 1
     """Steps between two lines of metrics."""
     evaluate_every: CountOrNone = 0

@@ -158,7 +158,7 @@ class DiscoPOP(Precomputable):
 
     output: str = "runs/discopop"
     """Run folder."""
-    tau: Positive = 0.05
+    tau: Positive = 0.2
     """Temperature of the mixture."""
 
 

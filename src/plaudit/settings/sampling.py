@@ -14,6 +14,8 @@ from plaudit.settings.common import Common, Count, CountOrNone, NotNegative
 class Sampling:
     """How completions are drawn."""
 
+    max_prompt_tokens: Count = 512
+    """Longer prompts are left out and counted."""
     max_new_tokens: Count = 64
     """Limit of a completion."""
     temperature: Annotated[float, Gt(0)] = 1.0

@@ -1,0 +1,212 @@
+"""Policy gradients on a bandit whose optima are known: the real classes over a table of logits, without a sampler.
+
+What a class expects of an advantage is what it makes of a reward. With the divergence in the loss, beside it, the
+policy goes to the optimum not of the rewards but of those: Dr. GRPO, for one, makes (G - 1) / G of each reward, because
+a completion is a part of the mean that it is compared with, and so weighs the divergence more than its setting says.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from plaudit import GRPO, RLOO, VPG, DrGRPO, ReinforcePP
+from plaudit.algorithms.policy_gradient import (
+    GroupRelativeDoneRight,
+    GroupRelativePolicyOptimisation,
+    LeaveOneOut,
+    ReinforcePlusPlus,
+    VanillaPolicyGradient,
+)
+from plaudit.batch import Batch
+from plaudit.policy import Output
+from plaudit.world import World
+
+ARMS, GROUP, BETA = 6, 4, 0.5
+ROWS, STEPS = 2048, 240
+GIVEN = {"model": "m", "data": "d", "rewards": "count:a", "kl": BETA, "tokens_per_pass": 10**9, "max_new_tokens": 1}
+KINDS = {
+    "vpg": (VanillaPolicyGradient, VPG),
+    "rloo": (LeaveOneOut, RLOO),
+    "dr_grpo": (GroupRelativeDoneRight, DrGRPO),
+    "grpo": (GroupRelativePolicyOptimisation, GRPO),
+    "reinforce_pp": (ReinforcePlusPlus, ReinforcePP),
+}
+TERMS = ("reward", "k2", "k3", "straight_through")
+REFERENCE = np.array([0.2, 0.1, 0.05, 0.06, 0.53, 0.06])
+REWARDS = np.array([0.7, 0.2, 1.7, -0.6, 0.5, -0.4])
+TWO_VALUED = np.array([0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+
+
+class Tabular(torch.nn.Module):
+    """A policy over answers of one token, by one logit each. `share`: how many times each row counts in gradients."""
+
+    adapter, frozen, share = None, 0, None
+
+    def __init__(self):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.tensor(REFERENCE).log())
+
+    def keep_reference(self):
+        self.kept = self.logits.detach().clone()
+
+    @contextmanager
+    def as_reference(self):
+        own, self.logits.data = self.logits.data, self.kept
+        yield
+        self.logits.data = own
+
+    def forward(self, batch, **asked):
+        logprobs = self.logits.log_softmax(0)[batch.tokens]
+        logprobs = torch.where(batch.actions, logprobs, torch.zeros_like(logprobs))
+        if self.share is not None and logprobs.requires_grad:
+            logprobs.register_hook(lambda gradient: gradient * self.share[:, None])
+        return Output(logprobs=logprobs)
+
+
+def built(verb, term, rows, **changes):
+    """The algorithm over a fresh table."""
+    kind, settings = KINDS[verb]
+    given = settings(**{**GIVEN, "kl_term": term, "rollout": rows, "batch_size": rows, "group": GROUP, **changes})
+    world = World(torch.device("cpu"))
+    return kind(given, world, Tabular(), None, None, None, [None] * rows, [])
+
+
+def asked(arms, logprobs, rewards):
+    """A rollout in which these arms (N,) were pulled, after a prompt of one token."""
+    tokens = torch.stack([torch.zeros_like(arms), arms], 1)
+    actions = torch.tensor([[False, True]]).expand(len(arms), 2).clone()
+    attention = torch.ones_like(actions)
+    found = torch.stack([torch.zeros_like(logprobs), logprobs], 1)
+    groups = torch.zeros_like(arms)  # one block, which nothing cuts; whose advantages go together, `group` says
+    return Batch(tokens, attention, actions, groups, logprobs=found, scores=torch.tensor(rewards)[arms])
+
+
+def slope(algorithm, arms, rewards):
+    """The gradient of the loss per unit, of one rollout."""
+    policy = algorithm.policy
+    logprobs = policy.logits.detach().log_softmax(0)
+    batch = algorithm.advantages(asked(arms, logprobs[arms], rewards))
+    loss, _ = algorithm.loss(batch)
+    (found,) = torch.autograd.grad(loss / algorithm.weight(batch), policy.logits)
+    algorithm.position += 1
+    if hasattr(algorithm, "moved"):
+        algorithm.moved.clear()
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ oracles
+
+
+def tilted(worth, beta=BETA):
+    """ref exp(r / beta) / Z: the optimum under KL(pi || ref)."""
+    weighed = REFERENCE * np.exp(worth / beta)
+    return weighed / weighed.sum()
+
+
+def fixed_point_of_k3(worth, beta=BETA):
+    """beta ref / (lambda - r), lambda by bisection: the optimum under KL(ref || pi)."""
+    low, high = worth.max(), worth.max() + beta
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (beta * REFERENCE / (middle - worth)).sum() > 1 else (low, middle)
+    return beta * REFERENCE / (high - worth)
+
+
+def as_they_are(policy, rewards):
+    return rewards
+
+
+def with_itself_in_the_mean(policy, rewards):
+    """A completion is a part of the mean that it is compared with."""
+    return rewards * (GROUP - 1) / GROUP
+
+
+def over_the_spread_of_a_group(policy, rewards):
+    """Two rewards, 0 and 1: the expected advantage of either, over how many of the others in the group earn 1."""
+    assert set(rewards) == {0.0, 1.0}
+    share, others, worth = policy[rewards == 1].sum(), GROUP - 1, np.zeros(2)
+    for ones in range(GROUP):
+        chance = math.comb(others, ones) * share**ones * (1 - share) ** (others - ones)
+        for own in (0, 1):
+            group = np.array([own] + [1] * ones + [0] * (others - ones), float)
+            spread = group.std(ddof=1)
+            worth[own] += chance * ((own - group.mean()) / spread if spread else 0.0)
+    return worth[rewards.astype(int)]
+
+
+def over_the_spread_of_all(policy, rewards):
+    mean = policy @ rewards
+    return rewards / np.sqrt(policy @ (rewards - mean) ** 2)
+
+
+MAKES = {
+    "vpg": as_they_are,
+    "rloo": as_they_are,
+    "dr_grpo": with_itself_in_the_mean,
+    "grpo": over_the_spread_of_a_group,
+    "reinforce_pp": over_the_spread_of_all,
+}
+
+
+def settled(optimum, makes, rewards, beta):
+    """The policy that is the optimum of the rewards as the class makes them where it is: one that stays."""
+    policy = REFERENCE
+    for _ in range(200):
+        policy = 0.8 * policy + 0.2 * optimum(makes(policy, rewards), beta)
+    assert np.abs(policy - optimum(makes(policy, rewards), beta)).max() < 1e-9
+    return policy
+
+
+def distance(one, other):
+    return float(np.abs(one - other).sum() / 2)
+
+
+# -------------------------------------------------------------------------------------------------------------- tests
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_b1_b3_the_expected_gradient_leads_to_the_optimum_of_its_term(term):
+    algorithm = built("vpg", term, ARMS, baseline="none", group=1)
+    policy, arms = algorithm.policy, torch.arange(ARMS)
+    for _ in range(700 if term == "k3" else 80):
+        chances = policy.logits.detach().softmax(0)
+        policy.share = ARMS * chances
+        policy.logits.data -= 0.8 * slope(algorithm, arms, REWARDS) / chances  # the natural gradient of a table
+    found = policy.logits.detach().softmax(0).numpy()
+    best, other = tilted(REWARDS), fixed_point_of_k3(REWARDS)
+    assert distance(best, other) > 0.1
+    assert distance(found, other if term == "k3" else best) < 1e-9
+    value = found @ REWARDS - BETA * (found @ np.log(found / REFERENCE))
+    most = BETA * math.log(REFERENCE @ np.exp(REWARDS / BETA))
+    assert (value == pytest.approx(most, abs=1e-12)) == (term != "k3")
+    assert value <= most + 1e-12
+
+
+@pytest.mark.parametrize("term", TERMS[:3])
+@pytest.mark.parametrize("verb", KINDS)
+def test_b2_b3_sampled_gradients_lead_to_the_fixed_point_of_class_and_term(verb, term):
+    rewards, beta, makes = REWARDS, BETA, MAKES[verb]
+    if term == "reward":  # where all earn the same, divergence taken off, no advantage is left, whatever divides it
+        makes = as_they_are
+    elif verb == "grpo":
+        rewards, beta = TWO_VALUED, 1.0
+    elif verb == "reinforce_pp":
+        beta = 1.8
+    algorithm = built(verb, term, ROWS, kl=beta)
+    policy, average = algorithm.policy, torch.zeros(ARMS, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(STEPS):
+        chances = policy.logits.detach().softmax(0)
+        average += chances * (step >= STEPS // 2) / (STEPS - STEPS // 2)
+        arms = torch.multinomial(chances, ROWS, replacement=True, generator=generator)
+        rate = 0.5 * (1 - step / STEPS)
+        policy.logits.data -= rate * slope(algorithm, arms, rewards) / chances.clamp(min=0.05)
+    best, other = settled(tilted, makes, rewards, beta), settled(fixed_point_of_k3, makes, rewards, beta)
+    reached, missed = (other, best) if term == "k3" else (best, other)
+    assert distance(average.numpy(), reached) < 0.01
+    assert distance(average.numpy(), missed) > 0.1
