@@ -34,9 +34,7 @@ TITLES = {
     "best_of_n": "Best of n",
     "evaluate": "Evaluation",
 }
-
 MINUS, DASH, TIMES, APOSTROPHE = "\N{MINUS SIGN}\N{EN DASH}\N{MULTIPLICATION SIGN}\N{RIGHT SINGLE QUOTATION MARK}"
-
 # What summary.json calls a figure, as a reader would. What is not named here is shown under its own name.
 FACTS = {
     "seconds": "time",

@@ -174,7 +174,6 @@ class Trainer:
     def _gradients(self, algorithm: Algorithm, batch: Batch) -> None:
         """Gradients of the loss per unit, where units are counted over all micro-batches and processes first."""
         units = self.world.sum(algorithm.weight(batch))
-        self._idle = float(units) == 0
         total = units.clamp(min=1e-12)
         sums: dict[str, Tensor] = {}
         parts = list(batch.split(self.settings.tokens_per_pass))
@@ -187,7 +186,9 @@ class Trainer:
                 sums[name] = sums[name] + value.double() if name in sums else value.double()
         names = sorted(sums)
         # All figures travel together: one reduction and one wait for the device a step, however many there are.
-        values = (self.world.sum(torch.stack([sums[name] for name in names])) / total).tolist()
+        means = self.world.sum(torch.stack([sums[name] for name in names])) / total
+        *values, counted = torch.cat([means, units.to(means).view(1)]).tolist()
+        self._idle = counted == 0
         self.figures = dict(zip(names, values, strict=True))
 
     def _update(self, algorithm: Algorithm, batch: Batch) -> None:

@@ -249,7 +249,10 @@ class FromRankings(RewardModelling):
         return self.centred(total, scores, weight.sum(1) / 2), stats
 
     def report(self) -> dict[str, Any]:
-        batch, scores = self.heldout_scores()
+        return self.order_found(*self.heldout_scores())
+
+    def order_found(self, batch: Batch, scores: Tensor) -> dict[str, Any]:
+        """How well these scores (B,) put the texts of each prompt in people's order."""
         preference, weight = (matrix.cpu() for matrix in self.pairs(batch))
         i, j = torch.nonzero(weight.triu(1), as_tuple=True)
         scores = scores.cpu()

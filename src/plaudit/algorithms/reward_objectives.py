@@ -32,10 +32,10 @@ class WholeRankings(FromRankings):
         return table, ranks, mask, share
 
     def report(self) -> dict[str, Any]:
-        found = super().report()
+        batch, scores = self.heldout_scores()
+        found = self.order_found(batch, scores)
         if not found:
             return {}
-        batch, scores = self.heldout_scores()
         table, ranks, mask, _ = self.table(batch, scores)
         learned = mask.any(1)
         _, stats = best_of(table, _best(ranks, mask), mask)
