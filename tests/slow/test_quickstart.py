@@ -33,7 +33,7 @@ def test_the_quickstart_makes_the_model_better_by_a_judge_it_never_saw(tmp_path:
     assert evaluate["sft"]["kl"] == 0
 
 
-# The same stages on the same model and data, cut short: about two minutes without a kill.
+# The same stages on the same model and data, cut short.
 SHORT = [
     *("sft.steps=6", "sft.eval_limit=32", "sft.save_every=2"),
     *("reward.steps=6", "reward.eval_limit=40", "reward.save_every=2"),
