@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from plaudit import attention
 from plaudit.checks import read_config
 from plaudit.errors import PlauditError
 
@@ -132,12 +133,29 @@ def takes_masks(model: nn.Module) -> bool:
     config = model.config
     if config.is_encoder_decoder or config.model_type.startswith(_RECURRENT):
         return False
-    if config._attn_implementation not in ("sdpa", "eager") or getattr(config, "alibi", False):
+    if config._attn_implementation not in ("sdpa", "eager", attention.NAME) or getattr(config, "alibi", False):
         return False
     if "local" in getattr(config, "attention_layers", ()):
         return False  # GPT-Neo's windows count places in memory, whatever the mask says
     causal = all(getattr(module, "is_causal", True) for module in model.modules())
     return causal and "position_ids" in inspect.signature(model.base_model.forward).parameters
+
+
+def takes_blocks(model: nn.Module) -> bool:
+    """Whether rows may lie side by side: every layer then attends through `attention.attend`, which is told to it
+    here, and all that it asks of attention is a scale."""
+    config = model.config.get_text_config()
+    plain = all(getattr(config, name, None) is None for name in ("attn_logit_softcapping", "attn_logit_softcap"))
+    takes = plain and takes_masks(model) and model._supports_attention_backend
+    if takes and model.config._attn_implementation == "sdpa":
+        model.config._attn_implementation = attention.NAME
+    return takes and model.config._attn_implementation == attention.NAME
+
+
+def drops_attention(model: nn.Module) -> bool:
+    """Whether attention weights are dropped at random at present."""
+    config = model.config.get_text_config()
+    return model.training and any(getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop"))
 
 
 def window_of(config: Any) -> int:

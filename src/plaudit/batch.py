@@ -84,29 +84,29 @@ class Batch:
         order = torch.randperm(len(blocks), generator=generator).tolist()
         return self.rows(torch.cat([blocks[i] for i in order])) if blocks else self
 
-    def split(self, tokens: int) -> Iterator[Batch]:
-        """Micro-batches of at most `tokens` padded tokens, whole groups only, longest rows first."""
-        return (part for part, _ in self.parts(tokens))
+    def parts(self, tokens: int, sizes: Sequence[int] | None = None) -> Iterator[tuple[Batch, Tensor]]:
+        """Micro-batches of at most `tokens` tokens, whole groups only, longest rows first, each with the places (n,)
+        that its rows have in this batch.
 
-    def parts(self, tokens: int) -> Iterator[tuple[Batch, Tensor]]:
-        """The micro-batches of `split`, each with the places (n,) that its rows have in this batch.
-
-        Sorting by length keeps padding small; the longest part comes first so that a run that is going to
-        exceed the memory does so at once. A group larger than the budget is a part of its own.
+        `sizes` says how many tokens are computed for each group; without it, padding counts too. Sorting by length
+        keeps that small; the longest part comes first so that a run that is going to exceed the memory does so at
+        once. A group larger than the budget is a part of its own.
         """
         blocks = self.blocks()
-        lengths = self.lengths
-        longest = [int(lengths[block].max()) for block in blocks]
+        lengths = self.lengths.tolist()
+        longest = [max(lengths[row] for row in block.tolist()) for block in blocks]
         part: list[Tensor] = []
-        width = rows = 0
+        width = taken = 0
         for i in sorted(range(len(blocks)), key=lambda i: (-longest[i], i)):
-            if part and (rows + len(blocks[i])) * width > tokens:
+            width = width if part else longest[i]
+            size = len(blocks[i]) * width if sizes is None else sizes[i]
+            if part and taken + size > tokens:
                 yield self._part(part)
-                part, rows = [], 0
-            if not part:
+                part, taken = [], 0
                 width = longest[i]
+                size = len(blocks[i]) * width if sizes is None else sizes[i]
             part.append(blocks[i])
-            rows += len(blocks[i])
+            taken += size
         if part:
             yield self._part(part)
 

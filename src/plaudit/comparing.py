@@ -48,7 +48,7 @@ def total_logprobs(policy: Policy, batch: Batch, world: World, tokens: int) -> T
     """(B,) the log-probability of each row's actions, in nats."""
     totals = torch.zeros(len(batch), dtype=torch.float64)
     with torch.no_grad(), world.autocast():
-        for part, places in batch.parts(tokens):
+        for part, places in policy.parts(batch, tokens):
             output = policy(part.to(world.device)).logprobs
             totals[places.cpu()] = output.sum(1).double().cpu()
     return totals

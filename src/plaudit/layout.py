@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plaudit.attention import Blocks, Piece, Plan
 from plaudit.batch import Batch
 
 
@@ -23,7 +24,8 @@ class Layout:
     """source (R, L): flat index b * T + t of the logical token at each physical place.
     where (B, T): flat index r * L + l of each logical token; 0 where there is none.
     positions (R, L): the position that each place has in its own row. mask (R, 1, L, L): True where a query may
-    look, or None where plain causal attention is right. cost: counted operations, to compare layouts with."""
+    look, or None where plain causal attention is right, or `Blocks` where attention knows who sees whom. cost: counted
+    operations, to compare layouts with."""
 
     source: Tensor
     where: Tensor
@@ -79,6 +81,41 @@ def shared(batch: Batch, width: int) -> Layout:
     lengths = batch.lengths.tolist()
     bins = _bins(_families(_shared_prefixes(batch, lengths), lengths, len(lengths)))
     return _build(batch, lengths, bins, _cost(len(bins), max(_length(b) for b in bins), width, masked=True))
+
+
+def side_by_side(batch: Batch, width: int) -> Layout:
+    """All tokens in one physical row, none of it padding, each group's rows hung from the prefix that they share.
+    For backbones that attend by blocks: nobody pays for pairs of tokens that do not see each other."""
+    lengths, columns = batch.lengths.tolist(), batch.tokens.shape[1]
+    source: list[np.ndarray] = []
+    where = np.zeros((len(batch), columns), np.int64)
+    pieces: list[Piece] = []
+    count = 0
+    for rows, prefix in _shared_prefixes(batch, lengths):
+        above = count
+        if prefix:
+            pieces.append(Piece(count, count + prefix))
+            source.append(rows[0] * columns + np.arange(prefix))
+            where[rows, :prefix] = count + np.arange(prefix)
+            count += prefix
+        for row in rows:
+            stop = count + lengths[row] - prefix
+            pieces.append(Piece(count, stop, above, above + prefix))
+            source.append(row * columns + np.arange(prefix, lengths[row]))
+            where[row, prefix : lengths[row]] = np.arange(count, stop)
+            count = stop
+    device = batch.tokens.device
+    places = torch.from_numpy(np.concatenate(source)[None]).to(device)
+    pairs = sum((p.stop - p.start) * ((p.stop - p.start) / 2 + p.below - p.above) for p in pieces)
+    mask = Blocks.of(Plan.of(pieces, count), device)
+    return Layout(places, torch.from_numpy(where).to(device), places % columns, mask, 6.0 * width * count + pairs)
+
+
+def computed(batch: Batch) -> list[int]:
+    """How many tokens of each group are computed when its rows lie side by side."""
+    lengths = batch.lengths.tolist()
+    shared = _shared_prefixes(batch, lengths)
+    return [prefix + sum(lengths[row] - prefix for row in rows) for rows, prefix in shared]
 
 
 def _cost(rows: int, columns: int, width: int, masked: bool) -> float:

@@ -19,7 +19,7 @@ from plaudit.batch import Batch, collate
 from plaudit.checks import ACTION_HEADS, check_model, read_config
 from plaudit.errors import PlauditError
 from plaudit.heads import ActionHeads
-from plaudit.layout import Layout, padded, shared
+from plaudit.layout import Layout, padded, shared, side_by_side
 from plaudit.policy import Policy
 from plaudit.seq2seq import arrange
 
@@ -286,7 +286,8 @@ def _probe(policy: Policy) -> None:
             "continue a text: take a causal or an encoder-decoder model."
         )
     if policy.rearranges:
-        policy.rearranges = _packs(policy, batch, plain)
+        policy.rearranges = _packs(policy, batch, shared(batch, policy.width), plain)
+        policy.blocks &= policy.rearranges and _packs(policy, batch, side_by_side(batch, policy.width), plain)
     if policy.plain_head:
         policy.plain_head = _has_plain_head(policy, batch, plain)
 
@@ -303,8 +304,7 @@ def _looks_back(batch: Batch, plain: torch.Tensor) -> bool:
     return bool((first - second).abs().max() <= 1e-5 * first.abs().max())
 
 
-def _packs(policy: Policy, batch: Batch, plain: torch.Tensor) -> bool:
-    layout = shared(batch, policy.width)
+def _packs(policy: Policy, batch: Batch, layout: Layout, plain: torch.Tensor) -> bool:
     try:
         packed, _ = policy._run(batch, layout)
     except (RuntimeError, ValueError, TypeError, IndexError):

@@ -24,6 +24,15 @@ def forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def keep_memory() -> None:
+    """From now on this process's allocator (glibc) keeps what was freed instead of handing it back: the system clears
+    each page that it gives out, and a training step would have gigabytes cleared again and again."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX: no mappings; M_TRIM_THRESHOLD: nothing is given back
+            mallopt(option, value)
+
+
 def release() -> None:
     """Gives back what a finished stage held: Python's cycles, the graphics card's cache, the allocator's free pages."""
     gc.collect()

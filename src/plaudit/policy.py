@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from plaudit import seq2seq
 from plaudit.backbone import (
+    drops_attention,
     evaluating,
     layers_of,
     logit_transform,
@@ -22,13 +23,14 @@ from plaudit.backbone import (
     store_linears,
     swapped,
     tail_of,
+    takes_blocks,
     takes_masks,
     window_of,
 )
 from plaudit.batch import Batch
 from plaudit.errors import PlauditError
 from plaudit.heads import ActionHeads
-from plaudit.layout import Layout, arrange, padded
+from plaudit.layout import Layout, arrange, computed, padded, side_by_side
 from plaudit.numerics import at_actions, before_actions, likeliest, logprobs_of, token_logprobs
 
 
@@ -93,6 +95,7 @@ class Policy(nn.Module):
         self.config = backbone.config
         self.width: int = self.config.get_text_config().hidden_size
         self.rearranges = takes_masks(backbone)
+        self.blocks = takes_blocks(backbone)
         self.window = window_of(self.config)
         self.encodes = bool(self.config.is_encoder_decoder) and backbone.get_output_embeddings() is not None
         self.plain_head = self.encodes or self.base is not backbone
@@ -223,9 +226,19 @@ class Policy(nn.Module):
         """The cheapest exact arrangement that this backbone can take."""
         if self.encodes:
             return seq2seq.arrange(batch)
-        if not self.rearranges or batch.tokens.shape[1] > self.window:
-            return padded(batch, self.width)
-        return arrange(batch, self.width)
+        if self._beside(batch):
+            return side_by_side(batch, self.width)
+        fits = self.rearranges and batch.tokens.shape[1] <= self.window
+        return arrange(batch, self.width) if fits else padded(batch, self.width)
+
+    def parts(self, batch: Batch, tokens: int) -> Iterator[tuple[Batch, Tensor]]:
+        """Micro-batches of which at most `tokens` tokens are computed, each with the places (n,) of its rows."""
+        return batch.parts(tokens, computed(batch) if self._beside(batch) else None)
+
+    def _beside(self, batch: Batch) -> bool:
+        """Whether the rows are going to lie side by side. Other devices have fused kernels for masks."""
+        fits = self.blocks and batch.tokens.shape[1] <= self.window
+        return fits and self.device.type == "cpu" and not drops_attention(self.backbone)
 
     @torch.no_grad()
     def trunk(self, batch: Batch) -> Tensor:
@@ -236,9 +249,9 @@ class Policy(nn.Module):
             caught.append(args[0] if args else kwargs["hidden_states"])
             raise _Reached
 
-        layout = self.layout(batch)
         hook = layers_of(self.base)[self.frozen].register_forward_pre_hook(stop, with_kwargs=True)
         with hook, evaluating(self.backbone), suppress(_Reached):
+            layout = self.layout(batch)
             self._run(batch, layout)
         return layout.collect(caught[0])
 

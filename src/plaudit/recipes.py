@@ -237,6 +237,7 @@ def start_world(settings: Common) -> World:
 
     from plaudit.world import World
 
+    machine.keep_memory()
     if settings.threads:
         torch.set_num_threads(settings.threads)
     # plaudit itself draws from torch's generator alone, but reward functions may draw from any.

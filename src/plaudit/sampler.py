@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from plaudit import attention
 from plaudit.decoding import Shadow, SlabLayer, draw, keep_likely, slab_cache
 from plaudit.errors import PlauditError
 from plaudit.seq2seq import Decoder
@@ -245,7 +246,7 @@ class _Decoder:
         # linear biases and other kernels need the plain one.
         self.ready = (
             self.positioned
-            and model.config._attn_implementation == "sdpa"
+            and model.config._attn_implementation in ("sdpa", attention.NAME)
             and not getattr(model.config, "alibi", False)
             and all(isinstance(layer, SlabLayer) for layer in self.cache.layers)
         )

@@ -176,8 +176,8 @@ class Trainer:
         units = self.world.sum(algorithm.weight(batch))
         total = units.clamp(min=1e-12)
         sums: dict[str, Tensor] = {}
-        parts = list(batch.split(self.settings.tokens_per_pass))
-        for number, part in enumerate(parts, 1):
+        parts = list(algorithm.policy.parts(batch, self.settings.tokens_per_pass))
+        for number, (part, _) in enumerate(parts, 1):
             with self.world.synchronised(algorithm.model, number == len(parts)):
                 with self.world.autocast():
                     loss, stats = algorithm.loss(part)

@@ -49,6 +49,7 @@ def case(request, at, tmp_path_factory):
     with torch.no_grad():
         for parameter in algorithm.policy.learning().values():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator).double()
+    algorithm.unmoved = False
     if isinstance(algorithm, FromRatings):
         algorithm.begin(batch)
         assert algorithm.everybody is not None
@@ -63,7 +64,11 @@ def gradient(case, batch, tokens=10**9):
     trainer._gradients(algorithm, batch)
     grads = [p.grad for p in algorithm.policy.learning().values() if p.grad is not None]
     assert grads
-    return torch.cat([grad.flatten() for grad in grads]), trainer.figures, len(list(batch.split(tokens)))
+    return (
+        torch.cat([grad.flatten() for grad in grads]),
+        trainer.figures,
+        len(list(algorithm.policy.parts(batch, tokens))),
+    )
 
 
 def assert_same(found, expected, share=1e-9):

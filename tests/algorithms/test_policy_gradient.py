@@ -219,6 +219,7 @@ def test_kl_and_entropy_are_weighed_like_the_rest_of_the_loss(at, tmp_path):
     with torch.no_grad():
         for parameter in algorithm.policy.learning().values():
             parameter += 0.05
+    algorithm.unmoved = False
     output = algorithm.policy(batch, entropy=True)
     objective, _ = algorithm.objective(output, batch)
     total, divergence, spread = objective.item(), 0.0, 0.0

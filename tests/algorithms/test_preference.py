@@ -140,6 +140,9 @@ class Tabular(torch.nn.Module):
         super().__init__()
         self.logits = torch.nn.Parameter(logits.clone())
 
+    def parts(self, batch, tokens):
+        return batch.parts(tokens)
+
     def learning(self):
         return dict(self.named_parameters())
 
@@ -247,7 +250,7 @@ def test_b29_aot_of_parts_is_the_loss_of_the_whole(at, tmp_path):
     whole.backward()
     expected = gradients(algorithm)
     algorithm.policy.zero_grad()
-    parts = [algorithm.loss(part)[0] for part in batch.split(40)]
+    parts = [algorithm.loss(part)[0] for part, _ in batch.parts(40)]
     assert len(parts) > 3
     sum(parts).backward()
     assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-5)
@@ -351,7 +354,7 @@ def by_two(verb, at, tmp_path, **changes):
         algorithm.world = Twin(rank, slots, barrier)
         batch = next(algorithm.batches())
         total = algorithm.world.sum(algorithm.weight(batch))
-        losses = [algorithm.loss(part)[0] / total for part in batch.split(30)]
+        losses = [algorithm.loss(part)[0] / total for part, _ in batch.parts(30)]
         sum(losses).backward()
         found[rank] = (sum(losses).item(), gradients(algorithm))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
+from collections.abc import Iterator
 from itertools import combinations, permutations
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats as scipy_stats
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import examples
@@ -39,6 +41,9 @@ class Table(torch.nn.Module):
 
     def forward(self, batch: Batch, *, logprobs: bool, scores: bool) -> Output:
         return Output(scores=self.worth[batch.tokens[:, 0]])
+
+    def parts(self, batch: Batch, tokens: int) -> Iterator[tuple[Batch, Tensor]]:
+        return batch.parts(tokens)
 
     def learning(self) -> dict[str, torch.nn.Parameter]:
         return {"worth": self.worth}
@@ -191,7 +196,7 @@ def test_b18_whole_rankings_come_to_hunters_mm():
 def test_all_pairs_of_a_prompt_stay_in_one_part(at, tmp_path):
     algorithm = examples.built(settings("rankings", at, tmp_path, batch_size=5))
     batch = algorithm.collate([0, 1, 2, 3, 4])
-    parts = list(batch.split(1))
+    parts = [part for part, _ in batch.parts(1)]
     assert [len(set(part.groups.tolist())) for part in parts] == [1] * 5
     assert sum(algorithm.weight(part) for part in parts).item() == pytest.approx(5, rel=1e-6)
     sizes = sorted(len(algorithm.data[i].texts) for i in range(5))
@@ -220,7 +225,7 @@ def learned(algorithm: FromRatings) -> tuple[torch.Tensor, dict[str, float], int
     trainer._gradients(algorithm, batch)
     grad = algorithm.policy.worth.grad
     assert grad is not None
-    return grad, trainer.figures, len(list(batch.split(algorithm.settings.tokens_per_pass)))
+    return grad, trainer.figures, len(list(batch.parts(algorithm.settings.tokens_per_pass)))
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 12])

@@ -45,11 +45,14 @@ TWO_VALUED = np.array([0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
 class Tabular(torch.nn.Module):
     """A policy over answers of one token, by one logit each. `share`: how many times each row counts in gradients."""
 
-    adapter, frozen, share = None, 0, None
+    adapter, frozen, share, value = None, 0, None, None
 
     def __init__(self):
         super().__init__()
         self.logits = torch.nn.Parameter(torch.tensor(REFERENCE).log())
+
+    def parts(self, batch, tokens):
+        return batch.parts(tokens)
 
     def keep_reference(self):
         self.kept = self.logits.detach().clone()

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2] / "src" / "plaudit"
 FLOORS = {
     0: "errors records pairing rows config settings run checks machine feedback statistics __init__",
     1: "batch numerics losses advantages preferences offline_losses",
-    2: "templates data layout backbone reference heads policy loading decoding sampler rewards sources world scratch "
-    "seq2seq",
+    2: "templates data attention layout backbone reference heads policy loading decoding sampler rewards sources world "
+    "scratch seq2seq",
     3: "algorithms comparing",
     4: "checkpoint trainer hooks",
     5: "families recipes inference pipeline explain outcome report cli",

@@ -137,11 +137,11 @@ def test_B29_a_split_holds_every_row_once_and_whole_groups_within_the_budget(
 
 def test_a_part_may_be_exactly_full() -> None:
     batch = collate([[1]] * 5, [[2, 3, 4]] * 5)
-    assert [len(part) for part in batch.split(20)] == [5]
-    assert [len(part) for part in batch.split(19)] == [4, 1]
-    assert [len(part) for part in batch.split(8)] == [2, 2, 1]
-    assert [len(part) for part in batch.split(7)] == [1, 1, 1, 1, 1]
-    assert [len(part) for part in batch.split(1)] == [1, 1, 1, 1, 1]
+    assert [len(part) for part, _ in batch.parts(20)] == [5]
+    assert [len(part) for part, _ in batch.parts(19)] == [4, 1]
+    assert [len(part) for part, _ in batch.parts(8)] == [2, 2, 1]
+    assert [len(part) for part, _ in batch.parts(7)] == [1, 1, 1, 1, 1]
+    assert [len(part) for part, _ in batch.parts(1)] == [1, 1, 1, 1, 1]
 
 
 @settings(max_examples=30, deadline=None)
@@ -165,6 +165,7 @@ def test_a_shuffle_shuffles() -> None:
     assert len(orders) == 5
 
 
-def test_split_gives_the_parts_without_their_places() -> None:
-    whole = rows_of([(1, 1), (2, 4), (1, 2)], [1, 1, 1])
-    assert [texts(part) for part in whole.split(6)] == [texts(part) for part, _ in whole.parts(6)]
+def test_parts_by_what_is_computed_for_each_group() -> None:
+    whole = rows_of([(1, 1), (2, 4), (1, 2), (1, 3)], [1, 1, 1, 1])  # longest first: 6, 4, 3, 2 tokens
+    for budget, expected in ((15, [4]), (14, [3, 1]), (10, [2, 2]), (1, [1, 1, 1, 1])):
+        assert [len(part) for part, _ in whole.parts(budget, [2, 6, 3, 4])] == expected

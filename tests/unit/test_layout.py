@@ -9,11 +9,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from plaudit.attention import Blocks, Plan
 from plaudit.batch import Batch, collate
-from plaudit.layout import Layout, arrange, padded, shared
+from plaudit.layout import Layout, arrange, computed, padded, shared, side_by_side
 
 WIDTH = 32
-LAYOUTS = [padded, arrange, shared]
+LAYOUTS = [padded, arrange, shared, side_by_side]
 
 FAMILY = st.tuples(
     st.lists(st.integers(1, 3), min_size=1, max_size=7),  # a prompt
@@ -44,9 +45,24 @@ def columns_of(batch: Batch) -> torch.Tensor:
 def seen(layout: Layout, batch: Batch, place: int) -> list[tuple[int, int]]:
     """The (position, token) pairs that the token at this place attends to, in order of position."""
     r, column = divmod(place, layout.source.shape[1])
-    visible = torch.arange(layout.source.shape[1]) <= column if layout.mask is None else layout.mask[r, 0, column]
+    if isinstance(layout.mask, Blocks):
+        visible = visible_of(layout.mask.plan, column)
+    else:
+        visible = torch.arange(layout.source.shape[1]) <= column if layout.mask is None else layout.mask[r, 0, column]
     tokens = batch.tokens.flatten()[layout.source[r, visible]]
     return sorted(zip(layout.positions[r, visible].tolist(), tokens.tolist(), strict=True))
+
+
+def visible_of(plan: Plan, place: int) -> torch.Tensor:
+    """(N,) which tokens the one at this place sees, read off the plan's own blocks."""
+    found = torch.zeros(plan.count, dtype=torch.bool)
+    for block in plan.blocks:
+        for queries, keys, padding in zip(block.queries, block.keys, block.padding, strict=True):
+            for behind, query in enumerate(queries[::-1]):
+                if query == place:
+                    assert not found.any()  # each query stands in one block
+                    found[torch.from_numpy(keys[padding : len(keys) - behind])] = True
+    return found
 
 
 @pytest.mark.parametrize("lay", LAYOUTS)
@@ -179,3 +195,14 @@ def test_a_group_of_one_and_rows_of_one_token():
     for lay in LAYOUTS:
         layout = lay(batch, WIDTH)
         assert batch.tokens.flatten()[layout.source.flatten()[layout.where[:, 0]]].tolist() == [1, 2]
+
+
+@given(FAMILIES, st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_side_by_side_nothing_is_padding_and_each_group_costs_what_is_counted(families, acting):
+    batch = batch_of(families, acting)
+    layout = side_by_side(batch, WIDTH)
+    assert layout.source.shape == (1, used(layout, batch))
+    assert layout.source.numel() == sum(computed(batch))
+    groups = batch.groups.unique().tolist()
+    assert computed(batch) == [sum(computed(batch.rows((batch.groups == group).nonzero()[:, 0]))) for group in groups]

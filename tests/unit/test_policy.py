@@ -24,7 +24,7 @@ from plaudit.policy import Output, Policy
 from plaudit.templates import Template
 
 KINDS = ["llama", "gpt2", "qwen2"]
-LAYOUTS = [layout.padded, layout.arrange, layout.shared]
+LAYOUTS = [layout.padded, layout.arrange, layout.shared, layout.side_by_side]
 FAMILIES = st.lists(
     st.tuples(
         st.lists(st.integers(0, 256), min_size=1, max_size=6),

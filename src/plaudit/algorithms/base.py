@@ -85,7 +85,7 @@ class Algorithm:
         dropping = [module for module in self.policy.modules() if module.training]
         self.policy.eval()
         with torch.no_grad(), self.world.autocast():
-            for part, places in batch.parts(self.tokens_per_pass):
+            for part, places in self.policy.parts(batch, self.tokens_per_pass):
                 for name, tensor in function(part)._asdict().items():
                     if tensor is None:
                         continue

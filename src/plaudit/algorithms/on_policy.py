@@ -87,6 +87,8 @@ class OnPolicyAlgorithm(Algorithm):
     """
 
     reuse = 1
+    unmoved = False
+    """Whether the policy is still the one that sampled what is learned from."""
 
     def __init__(
         self,
@@ -121,6 +123,7 @@ class OnPolicyAlgorithm(Algorithm):
             place = self.position % self.per_rollout
             if place == 0 or self.current is None:
                 self.current = self.rollout()
+            self.unmoved = place == 0
             minibatch = self.minibatch(place)
             self.position += 1
             yield minibatch
@@ -214,7 +217,7 @@ class OnPolicyAlgorithm(Algorithm):
     def over_trunk(self, batch: Batch) -> Tensor:
         """(B, T, d) the frozen layers' activations, computed once for all passes over this rollout."""
         kept = None
-        for part, places in batch.parts(self.tokens_per_pass):
+        for part, places in self.policy.parts(batch, self.tokens_per_pass):
             activations = self.policy.trunk(part)
             if kept is None:
                 kept = activations.new_zeros(*batch.tokens.shape, activations.shape[-1])

@@ -42,6 +42,8 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
     """
 
     settings: PolicyGradient
+    rescored = True
+    """Whether the log-probabilities of this rollout are the learner's, not the sampler's."""
 
     def __init__(self, settings: PolicyGradient, *args: Any) -> None:
         super().__init__(settings, *args)
@@ -67,20 +69,25 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
     def measured(self, batch: Batch) -> tuple[Batch, Tensor]:
         """The batch with what learner and reference make of it, and (B, T) what each action earned.
 
-        The policy that sampled is scored again by the learner, once: ratios then start at 1, but for the rounding of a
-        batch that is cut otherwise.
+        The policy that sampled is scored again by the learner, once. Where the rollout is learned from in a single
+        step and nothing else needs that pass, it is left out after the first rollout: see `loss`.
         """
-        actions, in_reward = batch.actions, self.settings.kl_term == "reward"
-        own = self.over(batch, lambda part: self.policy(part, values=True))
-        assert own.logprobs is not None
         assert batch.logprobs is not None
         assert batch.scores is not None
+        actions, in_reward = batch.actions, self.settings.kl_term == "reward"
+        needed = self.policy.value is not None or (self.penalised and in_reward) or self.per_rollout > 1
+        self.rescored = needed or not self.position
+        own = Output(logprobs=batch.logprobs)
+        if self.rescored:
+            own = self.over(batch, lambda part: self.policy(part, values=True))
+        assert own.logprobs is not None
         reference = None
         if self.penalised:
             with self.policy.as_reference():
                 reference = self.over(batch, self.policy).logprobs
         kept = own.logprobs if reference is None else reference
-        self.check_start(batch.logprobs, own.logprobs, kept, actions)
+        if self.rescored:
+            self.check_start(batch.logprobs, own.logprobs, kept, actions)
         weight = self.controller.coefficient
         rewards = kl_shaped_rewards(batch.scores, own.logprobs, kept, actions, weight if in_reward else 0.0)
         if reference is not None:
@@ -118,8 +125,13 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
 
     def loss(self, batch: Batch) -> tuple[Tensor, Stats]:
         output = self.model(batch, values=True, entropy=self.settings.entropy > 0)
-        loss, stats = self.objective(output, batch)
         share, counted = self.share(batch), self.counted(batch)
+        sampled = batch.logprobs
+        if self.unmoved:  # its ratios are 1, whatever rounding says of a batch that was cut otherwise
+            batch = replace(batch, logprobs=output.logprobs.detach())
+        loss, stats = self.objective(output, batch)
+        if not self.rescored:
+            stats["sampler_gap"] = (counted * (output.logprobs.detach() - sampled).abs()).sum()
         if batch.reference_logprobs is not None:
             reference = torch.where(batch.actions, batch.reference_logprobs, torch.zeros_like(output.logprobs))
             apart = IN_LOSS[self.settings.kl_term](output.logprobs, reference)
