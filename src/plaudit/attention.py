@@ -216,6 +216,13 @@ class _Attention(torch.autograd.Function):
         )
 
 
+def along(plan: Plan, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Scaled queries (N + 1, H, D), keys (N + 1, G, D), values (N + 1, G, E), the last of each zeros -> (N, H, E)."""
+    with torch.autocast(queries.device.type, enabled=False):
+        found: Tensor = _Attention.apply(queries, keys, values, plan)
+    return found
+
+
 class Blocks(Tensor):
     """Stands where transformers expects a mask, and carries the plan to `attend`. It holds a NaN, so that a model that
     attends in another way fails to give numbers instead of giving wrong ones."""
@@ -245,9 +252,8 @@ def attend(
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    with torch.autocast(device, enabled=False):
-        beside = [_beside(part, dtype) for part in (query * scale, key, value)]
-        return _Attention.apply(*beside, attention_mask.plan)[None], None
+    beside = (_beside(part, dtype) for part in (query * scale, key, value))
+    return along(attention_mask.plan, *beside)[None], None
 
 
 def _beside(part: Tensor, dtype: torch.dtype) -> Tensor:

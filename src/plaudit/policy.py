@@ -30,6 +30,7 @@ from plaudit.backbone import (
 from plaudit.batch import Batch
 from plaudit.errors import PlauditError
 from plaudit.heads import ActionHeads
+from plaudit.layers import lean
 from plaudit.layout import Layout, arrange, computed, padded, side_by_side
 from plaudit.numerics import at_actions, before_actions, likeliest, logprobs_of, token_logprobs
 
@@ -96,6 +97,8 @@ class Policy(nn.Module):
         self.width: int = self.config.get_text_config().hidden_size
         self.rearranges = takes_masks(backbone)
         self.blocks = takes_blocks(backbone)
+        if self.blocks:
+            lean(layers_of(self.base))
         self.window = window_of(self.config)
         self.encodes = bool(self.config.is_encoder_decoder) and backbone.get_output_embeddings() is not None
         self.plain_head = self.encodes or self.base is not backbone
