@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test slow mutants lint type bench clean
+.PHONY: quickstart test slow mutants lint type bench bench-quickstart clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/plaudit run recipes/quickstart.yaml
@@ -26,6 +26,11 @@ type: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.quickstart
+	$(BIN)/python benchmarks/against_trl.py
+	$(BIN)/python benchmarks/generation.py
+	$(BIN)/python benchmarks/scaling.py
+
+bench-quickstart: $(VENV)/.quickstart
 	$(BIN)/python benchmarks/quickstart.py
 
 clean:

@@ -23,3 +23,10 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory):
+    """What plaudit remembers of this machine stays out of the user's cache. Slow tests find what was pulled there."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setenv("PLAUDIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

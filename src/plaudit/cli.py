@@ -148,6 +148,10 @@ def _do(verb: str, settings: Any) -> None:
         from plaudit.inference import evaluate
 
         print(evaluate(settings).folder)
+    elif verb == "bench":
+        from plaudit.bench import bench
+
+        bench(settings)
     else:
         from plaudit.recipes import train
 

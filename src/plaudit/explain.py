@@ -1,4 +1,4 @@
-"""What a run would do, before it does it: batch arithmetic, memory, one example with its mask."""
+"""What a run would do, before it does it: batch arithmetic, memory, number type, layout, one example with its mask."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from plaudit import config, machine
 from plaudit.data import Order
-from plaudit.recipes import begun, encode, prepare, template_of
+from plaudit.recipes import begun, encode, found_before, prepare, settled, start_world, template_of
 from plaudit.settings import Reward
 from plaudit.settings.common import Training
 from plaudit.settings.policy_gradient import OnPolicy
+from plaudit.settings.preference import Preference
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from plaudit.batch import Batch
+    from plaudit.policy import Policy
     from plaudit.templates import Template
+    from plaudit.world import World
 
 
 def explain(settings: Any) -> None:
@@ -35,8 +41,11 @@ def explain(settings: Any) -> None:
         settings = begun(settings, loaded, Path(folder))
         template = template_of(settings)
         loaded = encode(settings, template, loaded)
-        for line in (*_arithmetic(settings, len(loaded.training)), *_memory(settings), *loaded.notes):
+        memory, tables = _on_this_machine(settings, loaded.training)
+        for line in (*_arithmetic(settings, len(loaded.training)), *memory, *loaded.notes):
             console.print(line, highlight=False, markup=False)
+        for table in tables:
+            console.print(table, highlight=False)
     console.print("\n[bold]One example[/], what is learned in green between ⟦ and ⟧:")
     console.print(_shown(loaded.training[0], template))
 
@@ -56,50 +65,116 @@ def _arithmetic(settings: Training, rows: int) -> list[str]:
     return [f"{rows} rows to learn from; {steps} steps of {settings.batch_size}: each row is seen {seen:.2f} times."]
 
 
-def _memory(settings: Training) -> list[str]:
-    """Weights, and how many of them learn, counted on a model without content; activations by a rule of thumb."""
-    import torch
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForSeq2SeqLM,
-        AutoModelForSequenceClassification,
-    )
+# ------------------------------------------------------------------------------------------------- on this machine
 
-    from plaudit.backbone import layers_of, tail_of
 
-    config = AutoConfig.from_pretrained(settings.model, trust_remote_code=False)
-    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    if isinstance(settings, Reward):
-        auto, config.num_labels = AutoModelForSequenceClassification, 1
-    with torch.device("meta"):
-        model = auto.from_config(config)
-    bases = [model.get_encoder(), model.get_decoder()] if config.is_encoder_decoder else [model.base_model]
-    stack = [layer for base in bases for layer in layers_of(base)]
-    trained = stack[-settings.train_layers :]
-    total = learning = _count(model)
-    if settings.train_layers:
-        learning = sum(map(_count, [*trained, *tail_of(model.base_model).values()]))
-    elif settings.lora_rank:
-        matrices = [p for layer in stack for p in layer.parameters() if p.dim() == 2]
-        learning = sum(settings.lora_rank * sum(matrix.shape) for matrix in matrices)
-    text = config.get_text_config()
-    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    # What a layer keeps for the backward pass, part of it in two bytes, part in four.
-    kept = len(trained) * (8 * text.hidden_size + 4 * inner) * 3
-    if settings.gradient_checkpointing:  # what comes into each layer, and all of the one that is computed again
-        kept = kept // len(trained) + len(trained) * 4 * text.hidden_size
-    activations = settings.tokens_per_pass * kept
-    return [
-        f"{total:,} weights, of which {learning:,} learn; "
-        f"computing in {machine.precision(settings.precision, settings.device)}.",
-        f"About {(total * 4 + learning * 12) / 1e9:.2f} GB of weights, gradients and moments, and up to "
-        f"{activations / 1e9:.2f} GB of activations at {settings.tokens_per_pass} tokens a pass.",
+def _on_this_machine(settings: Training, items: list[Any]) -> tuple[list[str], list[Table]]:
+    """Sentences about memory; and, as tables, what the run takes of what it might have taken, and why: number type,
+    tokens of a pass, and how the first batch lies in memory."""
+    from rich.table import Table
+
+    from plaudit import budget, speed
+
+    world, folder = start_world(settings), Path(settings.output)
+    whys = {"precision": speed.choose(settings.precision, world.device).why, "tokens_per_pass": "as asked for"}
+    taken = settled(settings, folder, world)
+    needs = budget.needs_of(settings, world.precision)
+    if not settings.tokens_per_pass:
+        whys["tokens_per_pass"] = budget.reason(budget.free_on(world.device), needs, world.device.type)
+    for name in found_before(folder):
+        if getattr(settings, name) in ("auto", 0):
+            whys[name] = "as when this run began, so that it goes on alike"
+    table = Table("what", "taken", "why", title="On this machine", title_justify="left")
+    table.add_row("device", str(world.device), _named(world))
+    table.add_row("number type", world.precision, whys["precision"])
+    table.add_row("tokens a pass", f"{taken.tokens_per_pass:,}", whys["tokens_per_pass"])
+    said = [
+        f"{needs.weights:,} weights, of which {needs.learning:,} learn; computing in {world.precision}.",
+        f"About {needs.state / 1e9:.2f} GB of weights, gradients and moments, {needs.copies / 1e9:.2f} GB of copies, "
+        f"and up to {taken.tokens_per_pass * needs.token / 1e9:.2f} GB of activations at {taken.tokens_per_pass} "
+        "tokens a pass.",
     ]
+    return said, [table, _layouts(taken, needs.model, first_batch(settings, items))]
 
 
-def _count(module: Any) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _named(world: World) -> str:
+    import torch
+
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_name(world.device)
+    threads = torch.get_num_threads()
+    return f"{machine.processor()}, {threads} thread{'s' * (threads > 1)}"
+
+
+def first_batch(settings: Training, items: list[Any]) -> Batch:
+    """The rows that the first step learns from, in one process. Where they are yet to be sampled, completions of
+    `max_new_tokens` tokens stand for them."""
+    from plaudit.algorithms import preference, reward, sft
+    from plaudit.batch import collate
+
+    if isinstance(settings, OnPolicy):
+        order = Order(len(items), settings.rollout // settings.group, settings.seed)[0]
+        asked = [items[i].ids for i in order[: settings.batch_size // settings.group]]
+        prompts = [ids for ids in asked for _ in range(settings.group)]
+        groups = [row // settings.group for row in range(len(prompts))]
+        return collate(prompts, [[0] * settings.max_new_tokens] * len(prompts), groups)
+    if isinstance(settings, Reward):
+        items = [items[i] for i in reward.divided(len(items), settings)[0]]
+    order = Order(len(items), settings.batch_size, settings.seed)[0]
+    if isinstance(settings, Preference):
+        return preference.rows(items, order)
+    if isinstance(settings, Reward):
+        texts = [(group, text) for group, i in enumerate(order) for text in items[i].texts]
+        return collate([text for _, text in texts], [[]] * len(texts), [group for group, _ in texts])
+    return sft.rows(items, order)
+
+
+def _layouts(settings: Training, model: Any, batch: Batch) -> Table:
+    """What the passes over this batch compute in each layout that the model can take, and which they take."""
+    from rich.table import Table
+    from torch import nn
+
+    from plaudit.policy import Policy
+
+    policy = Policy(model)
+    policy.rearranges &= not isinstance(settings, Reward) or isinstance(getattr(model, "score", None), nn.Linear)
+    parts = list(batch.split(settings.tokens_per_pass))
+    counted = [computed(policy, part) for part in parts]
+    sampled = ", if every completion runs to the limit" * isinstance(settings, OnPolicy)
+    title = (
+        f"Layout of the first batch: {len(batch)} rows, {int(batch.lengths.sum()):,} tokens in {len(parts)} "
+        f"pass{'es' * (len(parts) > 1)}{sampled}"
+    )
+    table = Table("layout", "tokens computed", "passes that take it", title=title, title_justify="left")
+    for name in ("padded", "packed", "prompt shared"):
+        if any(name in tokens for tokens, _ in counted):
+            together = sum(tokens.get(name, tokens.get("packed", 0)) for tokens, _ in counted)
+            table.add_row(name, f"{together:,}", str(sum(taken == name for _, taken in counted)))
+    return table
+
+
+def computed(policy: Policy, batch: Batch) -> tuple[dict[str, int], str]:
+    """How many tokens this policy computes for the batch in each layout, padding included, and which layout it takes:
+    of that one, the tokens as it takes it."""
+    from dataclasses import replace
+
+    import torch
+
+    from plaudit import layout, seq2seq
+
+    found = policy.layout(batch)
+    tokens = {"padded": len(batch) * batch.tokens.shape[1]}
+    if policy.encodes:
+        prompts = len(batch) * int(seq2seq.prompt_lengths(batch).max())
+        return {"padded": prompts + found.source.numel()}, "padded"
+    if policy.rearranges and batch.tokens.shape[1] <= policy.window:
+        alone = replace(batch, groups=torch.arange(len(batch)))
+        tokens["packed"] = layout.arrange(alone, policy.width).source.numel()
+        if len(batch.groups.unique()) < len(batch):
+            tokens["prompt shared"] = layout.shared(batch, policy.width).source.numel()
+    shares = len(found.where[batch.attention].unique()) < int(batch.attention.sum())
+    taken = "padded" if found.mask is None else "prompt shared" if shares else "packed"
+    return {**tokens, taken: found.source.numel()}, taken
 
 
 def _shown(item: Any, template: Template) -> Any:

@@ -1,10 +1,11 @@
-"""What this machine is: memory used, number types it computes in."""
+"""What this machine is: its processor, its memory, and how much of that is used."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import os
+import platform
 import resource
 import sys
 from contextlib import suppress
@@ -53,15 +54,49 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def precision(asked: str, device: str | None) -> str:
-    """`auto` -> bfloat16 where the machine multiplies in it, else float32."""
-    import torch
+def processor(proc: Path = Path("/proc")) -> str:
+    """The name of this machine's processor, with its family and model where there are any: virtual machines give the
+    same name to processors of very different speed."""
+    known: dict[str, str] = {}
+    for line in _lines(proc / "cpuinfo"):
+        name, _, value = line.partition(":")
+        known.setdefault(name.strip(), value.strip())
+    if "model name" not in known:
+        return platform.processor() or platform.machine()
+    numbers = [f"{name.removeprefix('cpu ')} {known[name]}" for name in ("cpu family", "model") if name in known]
+    return known["model name"] + f" ({', '.join(numbers)})" * bool(numbers)
 
-    if asked != "auto":
-        return asked
-    kind = device and device.partition(":")[0]
-    if kind in (None, "cuda") and torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    if kind in (None, "cpu") and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return "bfloat16"
-    return "float32"
+
+def free_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that this process can still take, where the system says so (Linux): what the machine has left, or what the
+    groups that the process is in (containers, batch systems) have left of their limits, whichever is less."""
+    if not (proc / "meminfo").exists():
+        return None
+    found = [int(line.split()[1]) * 1024 for line in _lines(proc / "meminfo") if line.startswith("MemAvailable:")]
+    for entry in _lines(proc / "self" / "cgroup"):
+        number, controllers, name = entry.split(":", 2)
+        if number == "0":
+            root, limit, used = groups, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root, limit, used = groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        # Inside a container the name may lead nowhere, and the group's own files lie at the root.
+        within = root / name.lstrip("/")
+        for folder in (within, *within.parents):
+            if not folder.is_relative_to(root):
+                break
+            limits, taken = ("".join(_lines(folder / file)) for file in (limit, used))
+            if limits.isdigit() and taken.isdigit():
+                found.append(int(limits) - int(taken) + _reclaimable(folder))
+    return max(min(found), 0) if found else None
+
+
+def _reclaimable(group: Path) -> int:
+    """Bytes of files that a group keeps in memory only as long as nobody needs the room."""
+    rows = (line.split() for line in _lines(group / "memory.stat"))
+    return next((int(value) for name, value in rows if name in ("inactive_file", "total_inactive_file")), 0)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []

@@ -12,7 +12,7 @@ from typing import Any
 from plaudit import checks, config, machine, sources
 from plaudit.errors import PlauditError
 from plaudit.run import Run, write_atomically
-from plaudit.settings import SFT, VERBS, Evaluate, Pull, Sample
+from plaudit.settings import SFT, VERBS, Bench, Evaluate, Pull, Sample
 from plaudit.settings.scratch import described
 
 _COST = ("seconds", "peak_memory_mb", "tokens_per_second")
@@ -144,6 +144,10 @@ def _stage(settings: Any) -> Mapping[str, Any]:
         return {"seconds": time.perf_counter() - started}
     if isinstance(settings, Sample):
         return {"path": _sampled(settings)}
+    if isinstance(settings, Bench):
+        from plaudit.bench import bench
+
+        return bench(settings)
     if isinstance(settings, Evaluate):
         from plaudit.inference import evaluate
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import statistics
 import time
@@ -15,7 +16,7 @@ from plaudit import checks, config, data, machine, sources
 from plaudit.errors import PlauditError
 from plaudit.families import family_of
 from plaudit.records import Demonstration, Loaded
-from plaudit.run import Run
+from plaudit.run import Run, write_atomically
 from plaudit.settings import SFT, Reward
 from plaudit.settings.common import Common, Training
 from plaudit.settings.policy_gradient import VPG, OnPolicy
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 # What may change between the beginning of a run and its going on: nothing that the numbers depend on.
 FREE = ("output", "device", "threads", "log_every", "keep", "save_every", "track")
+
+# In the run folder: what the machine decided when the run began.
+FOUND = "machine.json"
 
 
 def train(settings: Training) -> Run:
@@ -84,6 +88,10 @@ def _fit(settings: Training, loaded: Data, run: Run, world: World | None) -> Non
     settings = begun(settings, loaded, run.folder, world)
     template = template_of(settings)
     loaded = encode(settings, template, loaded)
+    settings = settled(settings, run.folder, world)
+    if world.is_main:
+        kept = {"precision": world.precision, "tokens_per_pass": settings.tokens_per_pass}
+        write_atomically(run.folder / FOUND, json.dumps(kept) + "\n")
     family = family_of(settings)
     algorithm = family.build(settings, world, template, loaded.training, loaded.held)
     named = config.verb_of(type(settings))
@@ -212,6 +220,33 @@ def begun(settings: Training, loaded: Data, folder: Path, world: World | None = 
     return dataclasses.replace(settings, model=str(folder / "initial"))
 
 
+def settled(settings: Training, folder: Path, world: World) -> Training:
+    """The settings with the tokens of a pass found if they are to be, and the world with its number type: the same in
+    all processes, and in a run that goes on the same as at its beginning, whatever is free now."""
+    from plaudit import budget
+
+    precision, tokens = world.precision, settings.tokens_per_pass
+    if world.is_main:
+        kept = found_before(folder)
+        if settings.precision == "auto":
+            precision = kept.get("precision", precision)
+        tokens = tokens or kept.get("tokens_per_pass", 0)
+        if not tokens:
+            needs = budget.needs_of(settings, precision)
+            tokens = budget.tokens_that_fit(budget.free_on(world.device), needs, world.device.type)
+    world.precision, tokens = world.share((precision, tokens))
+    return dataclasses.replace(settings, tokens_per_pass=tokens)
+
+
+def found_before(folder: Path) -> dict[str, Any]:
+    """What the machine decided when the run in `folder` began; nothing where there is no step to go on from."""
+    path = folder / FOUND
+    found: dict[str, Any] = {}
+    if path.exists() and (folder / "checkpoints").exists():
+        found = json.loads(path.read_bytes())
+    return found
+
+
 def left_out(loaded: Loaded[Any]) -> list[str]:
     """A sentence for each reason why rows were left out."""
     return [
@@ -235,6 +270,7 @@ def start_world(settings: Common) -> World:
     import numpy as np
     import torch
 
+    from plaudit import speed
     from plaudit.world import World
 
     machine.keep_memory()
@@ -244,7 +280,11 @@ def start_world(settings: Common) -> World:
     random.seed(settings.seed)
     np.random.seed(settings.seed % 2**32)
     torch.manual_seed(settings.seed)
-    return World.start(machine.precision(settings.precision, settings.device), settings.device)
+    world = World.start(device=settings.device)
+    # One process decides for all: the others wait, and so leave it the cores to measure on.
+    chosen = speed.choose(settings.precision, world.device).precision if world.is_main else ""
+    world.precision = world.share(chosen)
+    return world
 
 
 def template_of(settings: Training) -> Template:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from plaudit import attention
-from plaudit.decoding import Shadow, SlabLayer, draw, keep_likely, slab_cache
+from plaudit.decoding import Shadow, draw, keep_likely, scored
 from plaudit.errors import PlauditError
 from plaudit.seq2seq import Decoder
+from plaudit.slots import Slots
 
 
 @dataclass(frozen=True)
@@ -92,15 +91,18 @@ class LocalSampler:
     """Samples from a Hugging Face language model, causal or encoder-decoder, in this process, on the device where it
     is.
 
-    Every distinct prompt is computed once for all of its completions; rows that have ended leave the batch.
+    Every distinct prompt is computed once for all of its completions. A row that has ended makes room for one that
+    waits; when none waits, rows that have ended leave the batch. Models whose layers must know what really came before
+    a row (sliding windows, recurrent states, linear biases, encoder-decoders) take their rows in waves instead.
     The model itself is never touched: a `Shadow` of it, in evaluation mode, does the work. Call `refresh`
     after every change of its weights (an optimizer step, a merged adapter) and before sampling again.
 
-    model    the language model; adapters should be merged, which is faster
+    model    the language model; adapters may be merged or not
     decode   token ids -> text, needed for stop strings
     dtype    what the shadow computes in (None: what the parameters are in)
     guide    last hidden states (n, d) -> (n, V), added to their logits before anything else is done with them
     rows     how many rows are decoded at once at most; the others wait
+    refill   rows that wait come in when this share of the slots is free: each time costs a pass over the weights
     compact  rows leave the batch when the share that still runs falls below this
     """
 
@@ -112,6 +114,7 @@ class LocalSampler:
         dtype: torch.dtype | None = None,
         guide: Callable[[Tensor], Tensor] | None = None,
         rows: int = 256,
+        refill: float = 0.125,
         compact: float = 0.75,
     ) -> None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -119,6 +122,7 @@ class LocalSampler:
         self._decode = decode
         self._guide = guide
         self._rows = rows
+        self._refill = refill
         self._compact = compact
 
     def refresh(self) -> None:
@@ -132,7 +136,7 @@ class LocalSampler:
         """`n` completions of every prompt, drawn with `generator`; the same generator state gives the same rows.
 
         One uniform number per row and step is drawn up front, so what a row gets depends neither on when
-        other rows end nor on how the rows are split into waves.
+        other rows end nor on how many are decoded at once.
 
         Raises PlauditError for an empty prompt, for prompts that leave no room for `max_new_tokens` in the
         model's context, and for stop strings without `decode`.
@@ -142,16 +146,15 @@ class LocalSampler:
         uniforms = torch.rand(
             size, sampling.max_new_tokens, dtype=torch.float64, generator=generator, device=generator.device
         )
-        # Rows of like length share a wave, so that padding stays small; the longest come first, so that a
-        # wave that does not fit into memory fails at once.
-        order = sorted(range(size), key=lambda row: -len(prompts[row // n]))
-        outcome: dict[int, tuple[list[int], list[float], bool]] = {}
-        for start in range(0, size, self._rows):
-            wave = order[start : start + self._rows]
-            completed = self._wave([tuple(prompts[row // n]) for row in wave], sampling, uniforms[wave])
-            outcome.update(zip(wave, completed, strict=True))
-        rows = [outcome[row] for row in range(size)]
-        return Sampled([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows])
+        asked = [tuple(prompt) for prompt in prompts]
+        first = {prompt: i for i, prompt in reversed(list(enumerate(asked)))}
+        # Rows of like length stand together, so that padding stays small, and those of one prompt side by side; the
+        # longest come first, so that a batch that does not fit into memory fails at once.
+        order = sorted(range(size), key=lambda row: (-len(asked[row // n]), first[asked[row // n]]))
+        rows = _Rows(sampling, uniforms.to(self._shadow.module.device), self._decode)
+        while order:
+            order = self._run(order, [asked[row // n] for row in order], rows)
+        return rows.sampled()
 
     def _check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         if sampling.stop_strings and self._decode is None:
@@ -169,143 +172,98 @@ class LocalSampler:
                     f"model's context is {limit}: shorten the prompt or lower max_new_tokens"
                 )
 
-    def _wave(
-        self, prompts: list[tuple[int, ...]], sampling: Sampling, uniforms: Tensor
-    ) -> list[tuple[list[int], list[float], bool]]:
-        """Complete these prompts, all at once, with the uniforms (rows, max_new_tokens)."""
-        size, limit = len(prompts), sampling.max_new_tokens
-        model = self._shadow.module
+    def _run(self, order: list[int], prompts: list[tuple[int, ...]], rows: _Rows) -> list[int]:
+        """Complete the rows of `order`, which begin with `prompts`, in one batch; return those that are still to do."""
+        model, device = self._shadow.module, rows.tokens.device
+        longest = len(prompts[0]) + rows.sampling.max_new_tokens - 1
         encodes = model.config.is_encoder_decoder
-        decoder = Decoder(model, self._guide) if encodes else _Decoder(model, limit, self._guide)
-        logits = decoder.prefill(prompts)
-        device = logits.device
-        uniforms = uniforms.to(device)
-        stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=device)
-        tokens = torch.zeros(size, limit, dtype=torch.int64, device=device)
-        logprobs = torch.zeros(size, limit, dtype=torch.float64, device=device)
-        lengths = torch.full((size,), limit, device=device)
-        running = torch.ones(size, dtype=torch.bool, device=device)
-        # A token is at least one byte; the margin is for tokens that show nothing and for a cut first character.
-        window = max((len(text.encode()) for text in sampling.stop_strings), default=0) + 8
-        # Which row each slot of the batch holds. A row that has ended keeps its slot until the next compaction.
-        rows = torch.arange(size, device=device)
-        for step in range(limit):
-            held_back = stop_ids if step + 1 < sampling.min_new_tokens else stop_ids[:0]
-            ids, tokens_logprobs = _choose(logits, sampling, held_back, uniforms[rows, step])
-            tokens[rows, step], logprobs[rows, step] = ids, tokens_logprobs
-            ends = torch.isin(ids, stop_ids)
-            if sampling.stop_strings and step + 1 >= sampling.min_new_tokens:
-                first = max(0, step + 1 - window)
-                ends |= self._completed(tokens[rows, first : step + 1], running[rows] & ~ends, sampling.stop_strings)
-            lengths[rows[ends & running[rows]]] = step + 1
-            running[rows] &= ~ends
-            alive = running[rows]
-            live = int(alive.sum())
-            if live == 0 or step + 1 == limit:
-                break
-            if live < self._compact * len(rows):
-                kept = alive.nonzero()[:, 0]
-                rows, ids = rows[kept], ids[kept]
+        decoder = Decoder(model, self._guide) if encodes else Slots(model, longest, self._guide)
+        logits = decoder.start(prompts[: self._rows])
+        # Which row each slot holds. One that has ended leaves its slot empty until it is filled or left out.
+        slots, at = torch.tensor(order[: self._rows], device=device), min(self._rows, len(order))
+        last = len(order) if isinstance(decoder, Slots) and decoder.refills else at
+        ids, running = rows.extend(slots, logits)
+        while True:
+            free = running.logical_not().nonzero()[:, 0]
+            while at < last and len(free) >= max(1, self._refill * len(slots)):
+                count = min(len(free), last - at)
+                logits = decoder.place(free, prompts[at : at + count])
+                slots[free] = rows.empty
+                slots[free[:count]] = torch.tensor(order[at : at + count], device=device)
+                ids[free[:count]], running[free[:count]] = rows.extend(slots[free[:count]], logits)
+                at += count
+                free = running.logical_not().nonzero()[:, 0]
+            if len(free) == len(slots):
+                return order[at:]
+            slots[free] = rows.empty
+            if at == last and len(slots) - len(free) < self._compact * len(slots):
+                kept = running.nonzero()[:, 0]
+                slots, ids = slots[kept], ids[kept]
                 decoder.select(kept)
-            logits = decoder.step(ids)
-        return [
-            (row[:length], scores[:length], cut)
-            for row, scores, length, cut in zip(
-                tokens.tolist(), logprobs.tolist(), lengths.tolist(), running.tolist(), strict=True
-            )
-        ]
+            ids, running = rows.extend(slots, decoder.step(ids))
 
-    def _completed(self, tails: Tensor, asked: Tensor, strings: tuple[str, ...]) -> Tensor:
-        """Which of the rows that are `asked` (B,) hold one of `strings` in their last tokens `tails` (B, t)."""
-        assert self._decode is not None
+
+class _Rows:
+    """What has been drawn so far for all rows, and the uniform numbers (rows, max_new_tokens) that it is drawn with.
+
+    empty  a number beside those of the rows, for slots that hold none
+    """
+
+    def __init__(self, sampling: Sampling, uniforms: Tensor, decode: Callable[[list[int]], str] | None) -> None:
+        size, device = len(uniforms), uniforms.device
+        self.sampling, self.decode = sampling, decode
+        self.empty = size
+        self.uniforms = torch.cat([uniforms, uniforms.new_zeros(1, uniforms.shape[1])])
+        self.tokens = torch.zeros(self.uniforms.shape, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros_like(self.uniforms)
+        self.lengths = torch.zeros(size + 1, dtype=torch.int64, device=device)
+        self.ended = torch.zeros(size + 1, dtype=torch.bool, device=device)
+        self.stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=device)
+        # A token is at least one byte; the margin is for tokens that show nothing and for a cut first character.
+        self.window = max((len(text.encode()) for text in sampling.stop_strings), default=0) + 8
+
+    def extend(self, rows: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw one more token for each of `rows` (n,) from logits (n, V); (tokens, whether the row goes on)."""
+        sampling, place = self.sampling, self.lengths[rows]
+        early = place + 1 < sampling.min_new_tokens
+        if sampling.min_new_tokens > 1 and len(self.stop_ids):
+            logits[:, self.stop_ids] = logits[:, self.stop_ids].masked_fill(early[:, None], -torch.inf)
+        ids, logprobs = _choose(logits, sampling, self.uniforms[rows, place])
+        self.tokens[rows, place], self.logprobs[rows, place] = ids, logprobs
+        self.lengths[rows] = place + 1
+        self.lengths[self.empty] = 0
+        ends = (ids[:, None] == self.stop_ids).any(1)
+        going = (place + 1 < sampling.max_new_tokens) & (rows != self.empty)
+        if sampling.stop_strings:
+            ends |= self._completed(rows, (rows != self.empty) & ~ends & ~early)
+        self.ended[rows] = ends
+        return ids, going & ~ends
+
+    def _completed(self, rows: Tensor, asked: Tensor) -> Tensor:
+        """Which of the rows that are `asked` (n,) hold one of the stop strings in their last tokens."""
+        assert self.decode is not None
         found = torch.zeros_like(asked)
-        for row in asked.nonzero()[:, 0].tolist():
-            text = self._decode(tails[row].tolist())
-            found[row] = any(string in text for string in strings)
+        for i in asked.nonzero()[:, 0].tolist():
+            row, length = int(rows[i]), int(self.lengths[rows[i]])
+            text = self.decode(self.tokens[row, max(0, length - self.window) : length].tolist())
+            found[i] = any(string in text for string in self.sampling.stop_strings)
         return found
 
-
-class _Decoder:
-    """The model, its cache and its masks for one batch of rows of which each is one token longer at every step."""
-
-    def __init__(self, model: Any, room: int, guide: Callable[[Tensor], Tensor] | None = None) -> None:
-        self.model = model
-        self.room = room
-        self.guide = guide
-        self.cache = slab_cache(model.config)
-        accepted = inspect.signature(model.forward).parameters
-        if "past_key_values" not in accepted:
-            raise PlauditError(f"{type(model).__name__} takes no past_key_values: sample from it with its own generate")
-        self.options: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
-        if "logits_to_keep" in accepted:
-            self.options["logits_to_keep"] = 1
-        if guide is not None:
-            self.options["output_hidden_states"] = True
-        self.positioned = "position_ids" in accepted
-        # A mask that is ready for the attention kernel spares transformers making one at every step. Windows,
-        # linear biases and other kernels need the plain one.
-        self.ready = (
-            self.positioned
-            and model.config._attn_implementation in ("sdpa", attention.NAME)
-            and not getattr(model.config, "alibi", False)
-            and all(isinstance(layer, SlabLayer) for layer in self.cache.layers)
+    def sampled(self) -> Sampled:
+        lengths, cut = self.lengths[: self.empty].tolist(), (~self.ended[: self.empty]).tolist()
+        tokens, logprobs = (
+            [row[:length] for row, length in zip(table.tolist(), lengths, strict=False)]
+            for table in (self.tokens, self.logprobs)
         )
-
-    def prefill(self, prompts: list[tuple[int, ...]]) -> Tensor:
-        """Compute every distinct prompt once, on the left of a common end; logits (rows, V) of what follows."""
-        distinct = list(dict.fromkeys(prompts))
-        lengths = [len(prompt) for prompt in distinct]
-        self.width = max(lengths)
-        tokens = torch.zeros(len(distinct), self.width, dtype=torch.int64)
-        self.real = torch.ones(len(distinct), self.width + self.room, dtype=torch.bool)
-        for i, prompt in enumerate(distinct):
-            tokens[i, self.width - len(prompt) :] = torch.tensor(prompt)
-            self.real[i, : self.width - len(prompt)] = False
-        device = self.model.get_input_embeddings().weight.device
-        self.real = self.real.to(device)
-        self.padded = min(lengths) < self.width
-        self.next = torch.tensor(lengths, device=device)
-        positions = torch.arange(self.width, device=device) - (self.width - self.next)[:, None]
-        logits = self._forward(tokens.to(device), positions.clamp(min=0), self.real[:, : self.width])
-        if len(distinct) < len(prompts):
-            place = {prompt: i for i, prompt in enumerate(distinct)}
-            owners = torch.tensor([place[prompt] for prompt in prompts], device=device)
-            self.select(owners)
-            logits = logits[owners]
-        return logits
-
-    def select(self, rows: Tensor) -> None:
-        """Row i becomes what row `rows[i]` was; rows may repeat or be left out."""
-        self.cache.reorder_cache(rows)
-        self.real, self.next = self.real[rows], self.next[rows]
-
-    def step(self, ids: Tensor) -> Tensor:
-        """Append ids (rows,) and return the logits (rows, V) of what follows."""
-        self.width += 1
-        mask: Tensor | None = self.real[:, : self.width]
-        if self.ready:
-            # Off the CPU the fastest kernels take no mask; on it, grouped heads are quicker with one than without.
-            needed = self.padded or ids.device.type == "cpu"
-            mask = self.real[:, None, None, : self.width] if needed else None
-        logits = self._forward(ids[:, None], self.next[:, None], mask)
-        self.next = self.next + 1
-        return logits
-
-    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        placed = {"position_ids": positions} if self.positioned else {}
-        output = self.model(input_ids=tokens, attention_mask=mask, **placed, **self.options)
-        logits: Tensor = output.logits[:, -1]
-        return logits if self.guide is None else logits + self.guide(output.hidden_states[-1][:, -1])
+        return Sampled(tokens, logprobs, cut)
 
 
-def _choose(logits: Tensor, sampling: Sampling, held_back: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Next tokens (B,) and their log-probabilities (B,) float64, from logits (B, V) of any precision."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if len(held_back):
-        logits = logits.index_fill(1, held_back, -torch.inf)
+def _choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Next tokens (n,) and their log-probabilities (n,) float64, from logits (n, V) of any precision."""
     if sampling.temperature == 0:
         best = logits.argmax(1)
-        return best, logits.double().log_softmax(1).gather(1, best[:, None])[:, 0]
-    if sampling.temperature != 1:
-        logits = logits / sampling.temperature
-    return draw(keep_likely(logits, sampling.top_k, sampling.top_p), uniforms)
+        return best, scored(logits, best)
+    if sampling.top_k == 0 and sampling.top_p == 1:
+        return draw(logits, uniforms, sampling.temperature)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) / sampling.temperature
+    return draw(keep_likely(wide, sampling.top_k, sampling.top_p), uniforms)

@@ -7,7 +7,7 @@ one after the start token (Raffel et al. 2020, arXiv:1910.10683).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,13 +76,15 @@ class Decoder:
     guide: last states (n, d) -> (n, V), added to their logits.
     """
 
+    refills = False
+
     def __init__(self, model: Any, guide: Callable[[Tensor], Tensor] | None = None) -> None:
         self.model, self.guide = model, guide
         config = model.get_decoder().config
         # Keys and values of prompts never grow, so they need no slabs.
         self.cache = EncoderDecoderCache(slab_cache(config), DynamicCache(config=config))
 
-    def prefill(self, prompts: list[tuple[int, ...]]) -> Tensor:
+    def start(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
         """Encode every distinct prompt once; logits (rows, V) of what the rows begin with."""
         distinct = list(dict.fromkeys(prompts))
         width = max(map(len, distinct))

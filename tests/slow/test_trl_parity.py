@@ -30,9 +30,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +38,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from environments import environment
 from plaudit import preferences
 from plaudit import settings as verbs
 from plaudit.advantages import AdaptiveKL, gae, kl_shaped_rewards
@@ -48,31 +47,12 @@ from plaudit.algorithms.ppo import ProximalPolicyOptimisation
 from plaudit.batch import Batch, collate
 from plaudit.numerics import standardise
 from plaudit.policy import Output
-from plaudit.sources import cache_folder
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 LOSSES = Path(__file__).with_name("trl_losses.py")
 LENGTHS = [3, 1, 5, 2, 4, 6, 2, 2]
 PROMPT = 2
 LIMIT = 7
-
-
-def environment(version: str) -> Path:
-    """The Python of an environment with this TRL and the torch that everything here is tested with."""
-    folder = cache_folder() / "parity" / f"trl-{version}"
-    python, ready = folder / "bin" / "python", folder / "ready"
-    if not ready.exists():
-        pinned = (ROOT / "constraints.txt").read_text()
-        torch_pin = re.search(r"^torch==\S+", pinned, re.MULTILINE)
-        assert torch_pin is not None
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        install = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(ROOT / "constraints.txt")]
-        # torch first and by itself: where a CPU build of the pinned release is at hand, no CUDA packages are fetched.
-        for wanted in ([torch_pin[0]], [f"trl=={version}", "scikit-learn", "joblib"]):
-            subprocess.run([*install, *wanted], check=True)
-        ready.touch()
-    return python
 
 
 def answered(version: str, asked: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a run can be told: one flat frozen dataclass for each verb, defaults being the vetted values."""
 
+from plaudit.settings.benchmark import Bench
 from plaudit.settings.evaluation import Evaluate
 from plaudit.settings.imitation import SFT
 from plaudit.settings.offline import ILQL
@@ -65,7 +66,7 @@ FAMILIES: dict[str, dict[str, type]] = {
     },
     "Online preference and search": {"online_dpo": OnlineDPO, "best_of_n": BestOfN},
     "Offline RL": {"ilql": ILQL},
-    "Models and data": {"pull": Pull, "sample": Sample, "evaluate": Evaluate},
+    "Models and data": {"pull": Pull, "sample": Sample, "evaluate": Evaluate, "bench": Bench},
 }
 """The verbs that take settings, by family, in the order in which a newcomer meets them."""
 
@@ -97,6 +98,7 @@ __all__ = [
     "APODown",
     "APOZero",
     "AveragedIPO",
+    "Bench",
     "BestOfN",
     "DiscoPOP",
     "DrGRPO",

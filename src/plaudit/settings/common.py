@@ -30,7 +30,7 @@ class Common:
     seed: Annotated[int, Ge(0)] = 0
     """Seeds everything that is random; the same seed on the same machine gives the same bits."""
     precision: Precision = "auto"
-    """bfloat16 autocast over float32 weights, or float32; auto takes bfloat16 where the machine computes in it."""
+    """bfloat16 autocast over float32 weights, or float32; auto takes bfloat16 where the machine is faster in it."""
     device: str | None = None
     """cuda, mps or cpu; by default the first that is found."""
     threads: CountOrNone = 0
@@ -49,8 +49,8 @@ class Training(Common):
     """At most so many held-out rows are looked at."""
     batch_size: Count = 64
     """Rows (or pairs) that one optimizer step sees, over all processes."""
-    tokens_per_pass: Count = 4096
-    """Memory: at most so many padded tokens go through the model at once."""
+    tokens_per_pass: CountOrNone = 0
+    """Memory: at most so many padded tokens go through the model at once; 0 takes what the free memory holds."""
     steps: CountOrNone = 0
     """Optimizer steps; 0 means `epochs` times the data."""
     epochs: Positive = 1.0
