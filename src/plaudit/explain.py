@@ -94,7 +94,7 @@ def _on_this_machine(settings: Training, items: list[Any]) -> tuple[list[str], l
         f"and up to {taken.tokens_per_pass * needs.token / 1e9:.2f} GB of activations at {taken.tokens_per_pass} "
         "tokens a pass.",
     ]
-    return said, [table, _layouts(taken, needs.model, first_batch(settings, items))]
+    return said, [table, _layouts(taken, needs.model, first_batch(settings, items), world.device.type)]
 
 
 def _named(world: World) -> str:
@@ -129,8 +129,8 @@ def first_batch(settings: Training, items: list[Any]) -> Batch:
     return sft.rows(items, order)
 
 
-def _layouts(settings: Training, model: Any, batch: Batch) -> Table:
-    """What the passes over this batch compute in each layout that the model can take, and which they take."""
+def _layouts(settings: Training, model: Any, batch: Batch, device: str) -> Table:
+    """What the passes over this batch compute in each layout that the model can take there, and which they take."""
     from rich.table import Table
     from torch import nn
 
@@ -138,7 +138,8 @@ def _layouts(settings: Training, model: Any, batch: Batch) -> Table:
 
     policy = Policy(model)
     policy.rearranges &= not isinstance(settings, Reward) or isinstance(getattr(model, "score", None), nn.Linear)
-    parts = list(batch.split(settings.tokens_per_pass))
+    policy.blocks &= device == "cpu"
+    parts = [part for part, _ in policy.parts(batch, settings.tokens_per_pass)]
     counted = [computed(policy, part) for part in parts]
     sampled = ", if every completion runs to the limit" * isinstance(settings, OnPolicy)
     title = (
@@ -169,9 +170,11 @@ def computed(policy: Policy, batch: Batch) -> tuple[dict[str, int], str]:
         return {"padded": prompts + found.source.numel()}, "padded"
     if policy.rearranges and batch.tokens.shape[1] <= policy.window:
         alone = replace(batch, groups=torch.arange(len(batch)))
-        tokens["packed"] = layout.arrange(alone, policy.width).source.numel()
+        beside = policy.beside(batch)
+        packed, shared = (layout.side_by_side,) * 2 if beside else (layout.arrange, layout.shared)
+        tokens["packed"] = packed(alone, policy.width).source.numel()
         if len(batch.groups.unique()) < len(batch):
-            tokens["prompt shared"] = layout.shared(batch, policy.width).source.numel()
+            tokens["prompt shared"] = shared(batch, policy.width).source.numel()
     shares = len(found.where[batch.attention].unique()) < int(batch.attention.sum())
     taken = "padded" if found.mask is None else "prompt shared" if shares else "packed"
     return {**tokens, taken: found.source.numel()}, taken

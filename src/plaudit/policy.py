@@ -229,19 +229,19 @@ class Policy(nn.Module):
         """The cheapest exact arrangement that this backbone can take."""
         if self.encodes:
             return seq2seq.arrange(batch)
-        if self._beside(batch):
+        if self.beside(batch):
             return side_by_side(batch, self.width)
         fits = self.rearranges and batch.tokens.shape[1] <= self.window
         return arrange(batch, self.width) if fits else padded(batch, self.width)
 
     def parts(self, batch: Batch, tokens: int) -> Iterator[tuple[Batch, Tensor]]:
         """Micro-batches of which at most `tokens` tokens are computed, each with the places (n,) of its rows."""
-        return batch.parts(tokens, computed(batch) if self._beside(batch) else None)
+        return batch.parts(tokens, computed(batch) if self.beside(batch) else None)
 
-    def _beside(self, batch: Batch) -> bool:
+    def beside(self, batch: Batch) -> bool:
         """Whether the rows are going to lie side by side. Other devices have fused kernels for masks."""
         fits = self.blocks and batch.tokens.shape[1] <= self.window
-        return fits and self.device.type == "cpu" and not drops_attention(self.backbone)
+        return fits and self.device.type in ("cpu", "meta") and not drops_attention(self.backbone)
 
     @torch.no_grad()
     def trunk(self, batch: Batch) -> Tensor:
