@@ -88,25 +88,28 @@ class Batch:
         """Micro-batches of at most `tokens` tokens, whole groups only, longest rows first, each with the places (n,)
         that its rows have in this batch.
 
-        `sizes` says how many tokens are computed for each group; without it, padding counts too. Sorting by length
-        keeps that small; the longest part comes first so that a run that is going to exceed the memory does so at
-        once. A group larger than the budget is a part of its own.
+        `sizes` says how many tokens are computed for each group, and parts are then about equal; without it, padding
+        counts too, and sorting by length keeps it small. The longest part comes first so that a run that is going to
+        exceed the memory does so at once. A group larger than the budget is a part of its own.
         """
         blocks = self.blocks()
         lengths = self.lengths.tolist()
         longest = [max(lengths[row] for row in block.tolist()) for block in blocks]
+        # The last part would else be a small one, and small products keep no machine busy.
+        share = sum(sizes) / -(-sum(sizes) // tokens) if sizes else 0
         part: list[Tensor] = []
-        width = taken = 0
+        width = taken = done = number = 0
         for i in sorted(range(len(blocks)), key=lambda i: (-longest[i], i)):
             width = width if part else longest[i]
             size = len(blocks[i]) * width if sizes is None else sizes[i]
-            if part and taken + size > tokens:
+            due = int((done + size / 2) / share) if sizes else 0
+            if part and (taken + size > tokens or due > number):
                 yield self._part(part)
                 part, taken = [], 0
                 width = longest[i]
                 size = len(blocks[i]) * width if sizes is None else sizes[i]
             part.append(blocks[i])
-            taken += size
+            taken, done, number = taken + size, done + size, max(due, number)
         if part:
             yield self._part(part)
 

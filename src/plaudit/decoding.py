@@ -192,6 +192,13 @@ class Shadow:
         self.module = self._copy(self.source)
         self._previous, self._marks, self._copies = {}, {}, {}
 
+    def release(self) -> None:
+        """Let go of the copy, and of all that was made of weights that learn: they are going to change, and would be
+        made anew by the next `refresh`, which must come before the copy is used again."""
+        self.module = nn.Module()
+        stays = {key: made for key, made in self._made.items() if not any(p.requires_grad for p in made.parameters)}
+        self._made = stays
+
     def _copy(self, module: nn.Module) -> nn.Module:
         if id(module) not in self._copies:
             self._copies[id(module)] = self._packed(module) or self._fused(module) or self._shallow(module)

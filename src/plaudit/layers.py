@@ -1,5 +1,5 @@
-"""Decoder layers of the Llama shape as a learner runs them: transformers' own numbers, with half of what is kept for
-the backward pass and a third of the passes over memory.
+"""Decoder layers of the Llama shape as a learner runs them: transformers' own numbers, with two thirds of what is kept
+for the backward pass and fewer passes over memory.
 
 Under autocast transformers' layers keep a copy of their input for each matrix, and most of what lies between two
 matrices twice. Here a norm gives the type that the matrices multiply in, and what is cheap is computed again.
@@ -41,19 +41,15 @@ def forward(
         )
     attention, mlp = layer.self_attn, layer.mlp
     normed = _normed(layer.input_layernorm, hidden_states)
-    heads = (
+    queries, keys, values = (
         _product(module, normed).view(*normed.shape[:2], -1, attention.head_dim)[0]
         for module in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    queries, keys, values = heads
     if hasattr(attention, "q_norm"):
         queries, keys = attention.q_norm(queries), attention.k_norm(keys)
     cos, sin = (part[0, :, None] for part in position_embeddings)
-    scale = attention.scaling
-    queries, keys = (
-        _Turned.apply(queries, cos * scale, sin * scale, normed.dtype),
-        _Turned.apply(keys, cos, sin, normed.dtype),
-    )
+    queries = _Turned.apply(queries, cos, sin, attention.scaling, normed.dtype)
+    keys = _Turned.apply(keys, cos, sin, 1.0, normed.dtype)
     found = along(attention_mask.plan, queries, keys, functional.pad(values, (0, 0, 0, 0, 0, 1)))
     hidden_states = hidden_states + _product(attention.o_proj, found.flatten(1)[None])
     normed = _normed(layer.post_attention_layernorm, hidden_states)
@@ -113,13 +109,14 @@ class _Normed(torch.autograd.Function):
 
 
 class _Turned(torch.autograd.Function):
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864): (N, H, D), with cos and sin (N, 1, D), in float32
-    -> (N + 1, H, D) in `dtype`, the last row being zeros."""
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864): (N, H, D), with cos and sin (N, 1, D), in float32, times
+    `scale` -> (N + 1, H, D) in `dtype`, the last row being zeros."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.dtype = states.dtype
+        ctx.scale, ctx.dtype = scale, states.dtype
+        cos, sin = cos * scale, sin * scale
         first, second = states.to(cos.dtype).chunk(2, -1)
         turned = states * cos
         half = first.shape[-1]
@@ -132,13 +129,13 @@ class _Turned(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
+        cos, sin = (part * ctx.scale for part in ctx.saved_tensors)
         pull = gradient[:-1].to(cos.dtype)
         turned = pull * cos
         half = pull.shape[-1] // 2
         turned[..., :half].addcmul_(pull[..., half:], sin[..., half:])
         turned[..., half:].addcmul_(pull[..., :half], sin[..., :half], value=-1)
-        return turned.to(ctx.dtype), None, None, None
+        return turned.to(ctx.dtype), None, None, None, None
 
 
 class _Gated(torch.autograd.Function):

@@ -93,7 +93,7 @@ def token_logprobs(
     scale: float = 1.0,
     soft_cap: float | None = None,
     with_entropy: bool = False,
-    chunk: int = 1024,
+    chunk: int = 512,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities of the targets under a vocabulary projection, without ever holding all logits.
 

@@ -82,6 +82,10 @@ class Sampler(Protocol):
         """`n` completions of every prompt (lists of token ids), drawn with `generator`."""
         ...
 
+    def release(self) -> None:
+        """Nothing is sampled before the weights have changed and `refresh` was called."""
+        ...
+
     def refresh(self) -> None:
         """The weights of the model have changed."""
         ...
@@ -128,6 +132,10 @@ class LocalSampler:
     def refresh(self) -> None:
         """Take over the weights that the model has now."""
         self._shadow.refresh()
+
+    def release(self) -> None:
+        """Give back the memory of weights that are going to change. `refresh` before sampling again."""
+        self._shadow.release()
 
     @torch.inference_mode()
     def sample(

@@ -143,6 +143,7 @@ class OnPolicyAlgorithm(Algorithm):
     def rollout(self) -> Batch:
         """A fresh batch with everything that the loss needs."""
         drawn = self.sample(self.prompts())
+        self.sampler.release()
         batch = self.collated(drawn)
         if self.policy.frozen:
             with self.world.autocast():
@@ -246,6 +247,7 @@ class OnPolicyAlgorithm(Algorithm):
         self.sampler.refresh()
         generator = torch.Generator().manual_seed(self.settings.seed)
         drawn = self.sampler.sample([a.ids for a in self.held], self.limits(), 1, generator)
+        self.sampler.release()
         texts = [self.template.decode(completion) for completion in drawn.completions]
         return {"heldout_score": float(score(self.rewards, self.held, texts, self.world).mean())}
 
