@@ -22,7 +22,7 @@ from plaudit.settings.preference import Referenced
 SHARE = 0.5
 """Of the room that is left, activations get so much: the rest is for what nobody counts."""
 
-LIMITS = {"cpu": (512, 2048), "cuda": (1024, 65536)}
+LIMITS = {"cpu": (512, 4096), "cuda": (1024, 65536)}
 """Fewest and most tokens of a pass. More than these gain a CPU nothing; fewer would leave its cores waiting."""
 
 UNKNOWN = 4096

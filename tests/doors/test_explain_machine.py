@@ -103,12 +103,12 @@ def test_number_type_and_budget_are_those_of_the_run_and_both_say_why(plaudit, h
     assert device == ["device", "cpu", f"{speed.machine.processor()}, 1 thread"]
     measured = r"bfloat16 is \d+\.\d\d times as fast: \d+ against \d+ GFLOP/s, measured"
     assert re.match(measured if speed.has_bfloat16() else "this processor has no instructions", precision[2])
-    assert tokens[:2] == ["tokens a pass", "2,048"]
+    assert tokens[:2] == ["tokens a pass", "4,096"]
     if budget.free_on(torch.device("cpu")) is not None:
         assert re.search(r"GB are free, .* GB beside the model; 50% of that holds [\d,]+ tokens of", tokens[2])
     assert plaudit(*words).code == 0
     kept = json.loads(Path("runs/sft/machine.json").read_text())
-    assert kept == {"precision": precision[1], "tokens_per_pass": 2048}
+    assert kept == {"precision": precision[1], "tokens_per_pass": 4096}
     asked = plaudit("explain", *words, "--precision", "bfloat16", "--tokens-per-pass", 1000)
     rows = [["number type", "bfloat16", "as asked for"], ["tokens a pass", "1,000", "as asked for"]]
     assert table(asked, "On this machine")[1:] == rows

@@ -44,6 +44,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "algorithms/unpaired.py": (RUNS + "test_preference.py",),
     "algorithms/reward_objectives.py": (RUNS + "test_reward_objectives.py",),
     "seq2seq.py": (UNIT + "test_seq2seq.py",),
+    "attention.py": (UNIT + "test_attention.py",),
+    "layers.py": (UNIT + "test_layers.py",),
+    "layout.py": (UNIT + "test_layout.py",),
+    "fused.py": (UNIT + "test_fused.py",),
+    "slots.py": (UNIT + "test_slots.py", UNIT + "test_sampler.py"),
 }
 
 FAULTS = [
@@ -639,5 +644,91 @@ FAULTS = [
         "reference.py",
         'torch.split(kept["logprobs"], kept["lengths"].tolist())',
         'torch.split(kept["logprobs"], kept["lengths"].flip(0).tolist())',
+    ),
+    # --------------------------------------------------------------------------------- attention, layers and layouts
+    Fault(
+        "a query does not see itself",
+        "attention.py",
+        "future = place > place[-1] - np.arange(queries)[::-1, None]",
+        "future = place >= place[-1] - np.arange(queries)[::-1, None]",
+    ),
+    Fault(
+        "padded keys are seen",
+        "attention.py",
+        "unseen = future[None] | (place < padding[:, None, None]) if padding.any() else future[None]",
+        "unseen = future[None]",
+    ),
+    Fault(
+        "an answer does not see its prompt",
+        "attention.py",
+        "np.r_[piece.above : piece.below, piece.start : stop]",
+        "np.r_[piece.start : stop]",
+    ),
+    Fault(
+        "outputs in another order",
+        "attention.py",
+        "inverse[q.reshape(-1)] = np.arange(rows.start, rows.stop)",
+        "inverse[q.reshape(-1)[::-1]] = np.arange(rows.start, rows.stop)",
+    ),
+    Fault(
+        "a softmax without its sum in the backward pass",
+        "attention.py",
+        "torch._softmax_backward_data(torch.bmm(pull, v.mT), attention, -1, attention.dtype)",
+        "torch.bmm(pull, v.mT).mul_(attention)",
+    ),
+    Fault(
+        "a prompt hears of the last answer only",
+        "attention.py",
+        "into_keys.index_add_(",
+        "into_keys.index_copy_(",
+    ),
+    Fault(
+        "turned on instead of back",
+        "layers.py",
+        "turned[..., half:].addcmul_(pull[..., :half], sin[..., :half], value=-1)",
+        "turned[..., half:].addcmul_(pull[..., :half], sin[..., :half])",
+    ),
+    Fault(
+        "a norm whose size has a gradient",
+        "layers.py",
+        "pull.addcmul_(normed, along_state, value=-1)",
+        "pull.addcmul_(normed, along_state, value=-0.5)",
+    ),
+    Fault(
+        "a gate that forgets what it gates",
+        "layers.py",
+        "silu_backward(gradient * up, gate)",
+        "silu_backward(gradient, gate)",
+    ),
+    Fault("adapters without their scale", "layers.py", "alpha=module.scaling[name]", "alpha=1.0"),
+    Fault(
+        "queries without their scale",
+        "layers.py",
+        "_Turned.apply(queries, cos, sin, attention.scaling,",
+        "_Turned.apply(queries, cos, sin, 1.0,",
+    ),
+    Fault(
+        "answers beside their prompt, not below it",
+        "layout.py",
+        "pieces.append(Piece(count, stop, above, above + prefix))",
+        "pieces.append(Piece(count, stop))",
+    ),
+    Fault(
+        "prompts counted for each answer",
+        "layout.py",
+        "prefix + sum(lengths[row] - prefix for row in rows)",
+        "sum(lengths[row] for row in rows)",
+    ),
+    Fault(
+        "decoding turns the wrong way",
+        "fused.py",
+        "addcmul_(states[..., half:], sin[..., :half], value=-1)",
+        "addcmul_(states[..., half:], sin[..., :half])",
+    ),
+    Fault(
+        "positions that begin at one",
+        "slots.py",
+        "positions = (self.end - self.starts).clamp",
+        "positions = (self.end - self.starts + 1).clamp",
     ),
 ]

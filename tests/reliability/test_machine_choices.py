@@ -26,7 +26,7 @@ def test_a_run_goes_on_with_what_was_found_when_it_began(settings, tmp_path, mon
     with pytest.raises(Interrupted):
         watched.train(settings, signal_after=2)
     found = tmp_path / "run" / FOUND
-    assert json.loads(found.read_text()) == {"precision": "float32", "tokens_per_pass": 2048}
+    assert json.loads(found.read_text()) == {"precision": "float32", "tokens_per_pass": 4096}
     monkeypatch.setattr(speed, "choose", lambda asked, device: speed.Choice("bfloat16", ""))
     rest = watched.train(settings)
     assert rest.first == 3
@@ -46,7 +46,7 @@ def test_the_number_found_is_the_one_that_cuts_the_batches(settings, tmp_path):
 def test_a_run_without_a_step_to_go_on_from_is_settled_anew(settings, tmp_path):
     (tmp_path / FOUND).write_text(json.dumps({"precision": "bfloat16", "tokens_per_pass": 40}))
     world = World.start("float32", "cpu")
-    assert settled(settings, tmp_path, world).tokens_per_pass == 2048
+    assert settled(settings, tmp_path, world).tokens_per_pass == 4096
     assert world.precision == "float32"
     (tmp_path / "checkpoints").mkdir()
     assert settled(settings, tmp_path, world).tokens_per_pass == 40

@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
         (2000 + 2 * 10 * 1024, "cpu", 1024),  # half of the room holds 1,024 tokens exactly
         (2000 + 2 * 10 * 1024 - 1, "cpu", 768),  # one byte less, and it is the next multiple of 256
         (2000 + 2 * 10 * 1023, "cpu", 768),
-        (2000 + 2 * 10 * 9000, "cpu", 2048),
+        (2000 + 2 * 10 * 9000, "cpu", 4096),
         (2000 + 2 * 10 * 9000, "cuda", 8960),
         (10**12, "cuda", 65536),
         (2000, "cpu", 512),
@@ -45,7 +45,7 @@ def test_tokens_that_fit(free, kind, tokens):
 def test_the_reason_names_the_numbers():
     said = "0.0 GB are free, 0.0 GB beside the model; 50% of that holds {} tokens of 1e-05 MB"
     assert reason(2000 + 2 * 10 * 1100, NEEDS, "cpu") == said.format("1,100")
-    assert reason(10**6, NEEDS, "cpu").endswith("holds 49,900 tokens of 1e-05 MB, and more than 2,048 gain nothing")
+    assert reason(10**6, NEEDS, "cpu").endswith("holds 49,900 tokens of 1e-05 MB, and more than 4,096 gain nothing")
     assert reason(1000, NEEDS, "cpu") == said.format("0") + ", and fewer than 512 take too long"
     assert reason(None, NEEDS, "cpu") == "this system does not say what is free"
 
