@@ -36,7 +36,7 @@ from statistics import mean, median
 from typing import Any
 
 from environments import environment
-from guard import Guard
+from plaudit.machine import Guard
 from plaudit.sources import pull
 from texts import in_order, rows, write
 from works import WORKS, Work

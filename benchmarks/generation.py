@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from guard import Guard
+from plaudit.machine import Guard
 from plaudit.sampler import LocalSampler, Sampling
 from plaudit.sources import resolve
 from plaudit.speed import choose, measured

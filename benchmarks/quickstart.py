@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from guard import Guard
+from plaudit.machine import Guard
 
 STAGES = ("sft", "reward", "ppo", "evaluate")
 

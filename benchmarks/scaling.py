@@ -30,9 +30,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from guard import Guard
 from plaudit.batch import Batch, collate
-from plaudit.machine import forget_peak, peak_memory_mb, release
+from plaudit.machine import Guard, forget_peak, peak_memory_mb, release
 from plaudit.policy import Policy
 from plaudit.sampler import LocalSampler, Sampling
 from plaudit.speed import choose

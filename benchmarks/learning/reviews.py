@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import plaudit
-from guard import Guard
+from plaudit.machine import Guard
 from plaudit.settings import VERBS
 
 ALGORITHMS = [

@@ -74,12 +74,14 @@ class _Indices:
         return q, k, v
 
     def attention(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """(B, T, S) how much each query takes of each key."""
-        scores = torch.bmm(queries, keys.mT)
+        """(B, T, S) how much each query takes of each key. Scores are float32 at least: in some models they are in the
+        hundreds, where eight bits of mantissa tell no key from another."""
+        wide = self.bias.dtype
+        scores = torch.bmm(queries.to(wide), keys.mT.to(wide))
         size, _, length, seen = self.bias.shape
         each = scores.shape[1] // length
         scores.view(size, -1, each, length, seen).add_(self.bias[:, :, None])
-        return torch.softmax(scores, -1, out=scores)
+        return torch.softmax(scores, -1, out=scores).to(queries.dtype)
 
     def part(self, rows: Tensor) -> Tensor:
         """The (B, T, D) of this block in (M, D) rows of all blocks."""
@@ -167,7 +169,8 @@ def _bias(padding: np.ndarray, queries: int, keys: int, like: Tensor) -> Tensor:
     place = np.arange(keys)
     future = place > place[-1] - np.arange(queries)[::-1, None]
     unseen = future[None] | (place < padding[:, None, None]) if padding.any() else future[None]
-    return torch.from_numpy(unseen[:, None]).to(like.device).to(like.dtype) * _NEVER
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return torch.from_numpy(unseen[:, None]).to(like.device).to(wide) * _NEVER
 
 
 class _Attention(torch.autograd.Function):

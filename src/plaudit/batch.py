@@ -96,13 +96,13 @@ class Batch:
         lengths = self.lengths.tolist()
         longest = [max(lengths[row] for row in block.tolist()) for block in blocks]
         # The last part would else be a small one, and small products keep no machine busy.
-        share = sum(sizes) / -(-sum(sizes) // tokens) if sizes else 0
+        share = sum(sizes) / -(-sum(sizes) // tokens) if sizes and sum(sizes) else 0
         part: list[Tensor] = []
         width = taken = done = number = 0
         for i in sorted(range(len(blocks)), key=lambda i: (-longest[i], i)):
             width = width if part else longest[i]
             size = len(blocks[i]) * width if sizes is None else sizes[i]
-            due = int((done + size / 2) / share) if sizes else 0
+            due = int((done + size / 2) / share) if share else 0
             if part and (taken + size > tokens or due > number):
                 yield self._part(part)
                 part, taken = [], 0

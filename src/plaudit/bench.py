@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -58,7 +57,7 @@ def bench(settings: Bench) -> dict[str, Any]:
     if encodes(model):
         raise PlauditError("bench: an encoder-decoder model is not measured: name a causal language model.")
     bar, task = progress_bar("bench", 3 + len(WAYS) + len(ROWS), unit="measurements")
-    with bar, Guard() as guard:
+    with bar, machine.Guard() as guard:
         found: dict[str, Any] = {}
         for part in _measurements(settings, model, found):
             bar.update(task, advance=1, figures=part)
@@ -177,28 +176,6 @@ def decoding_bound(shape: Shape, rows: int, context: float, width: int, matrix: 
 
 
 # ----------------------------------------------------------------------------------------------------- measurements
-
-
-class Guard:
-    """How many cores other processes kept busy inside a `with` block: `others`, 0 where the system does not say."""
-
-    def __enter__(self) -> Guard:
-        self._start = time.perf_counter(), self._busy(), sum(os.times()[:4])
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        start, busy, own = self._start
-        spent = self._busy() - busy - (sum(os.times()[:4]) - own)
-        self.others = max(spent, 0.0) / (time.perf_counter() - start)
-
-    @staticmethod
-    def _busy() -> float:
-        """Seconds that all cores have worked since the machine started (Linux)."""
-        path = Path("/proc/stat")
-        if not path.exists():
-            return 0.0
-        user, nice, system, _, _, irq, soft = map(int, path.read_text().split("\n", 1)[0].split()[1:8])
-        return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
 
 
 def best_time(function: Callable[[], object], seconds: float) -> float:

@@ -121,7 +121,8 @@ def token_bytes(width: int, inner: int, layers: int, half: bool, checkpointed: b
 
 def _inner(text: Any) -> int:
     names = ("intermediate_size", "n_inner", "ffn_dim", "d_ff")
-    return next((size for name in names if (size := getattr(text, name, None))), 4 * text.hidden_size)
+    size = next((size for name in names if (size := getattr(text, name, None))), 4 * text.hidden_size)
+    return max(size) if isinstance(size, list) else size  # of some models each layer has its own
 
 
 def _copies(settings: Training, weights: int, learning: int, half: bool) -> int:

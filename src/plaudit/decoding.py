@@ -196,8 +196,11 @@ class Shadow:
         """Let go of the copy, and of all that was made of weights that learn: they are going to change, and would be
         made anew by the next `refresh`, which must come before the copy is used again."""
         self.module = nn.Module()
-        stays = {key: made for key, made in self._made.items() if not any(p.requires_grad for p in made.parameters)}
-        self._made = stays
+        self._made = {
+            key: made
+            for key, made in self._made.items()
+            if None not in made.fingerprints and not any(p.requires_grad for p in made.parameters)
+        }
 
     def _copy(self, module: nn.Module) -> nn.Module:
         if id(module) not in self._copies:

@@ -14,15 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from transformers.activations import SiLUActivation
 
 from plaudit.attention import Blocks, along
 from plaudit.fused import fusable
 
 
 def lean(layers: nn.ModuleList) -> None:
-    """From now on those of the layers that are known run as `forward` says whenever rows lie side by side."""
+    """From now on those of the layers that are known run as `forward` says whenever rows lie side by side. Layers that
+    somebody has patched or hooked are left alone; hooks that come later go unheard."""
     for layer in layers:
-        if fusable(layer):
+        if fusable(layer) and "forward" not in vars(layer):
             layer.forward = partial(forward, layer)
 
 
@@ -54,7 +56,8 @@ def forward(
     hidden_states = hidden_states + _product(attention.o_proj, found.flatten(1)[None])
     normed = _normed(layer.post_attention_layernorm, hidden_states)
     gate, up = _product(mlp.gate_proj, normed), _product(mlp.up_proj, normed)
-    gated = _Gated.apply(gate, up) if isinstance(mlp.act_fn, nn.SiLU) else mlp.act_fn(gate) * up
+    swish = isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation))
+    gated = _Gated.apply(gate, up) if swish else mlp.act_fn(gate) * up
     return hidden_states + _product(mlp.down_proj, gated)
 
 
@@ -67,6 +70,9 @@ def _product(module: Any, inputs: Tensor) -> Tensor:
     if module.merged or module.disable_adapters or len(names) != 1:
         return module(inputs)
     (name,) = names
+    like = torch.is_autocast_enabled(inputs.device.type) or module.lora_A[name].weight.dtype == inputs.dtype
+    if name in module.lora_variant or module.lora_bias[name] or not like:
+        return module(inputs)
     found = module.base_layer(inputs)
     low = functional.linear(module.lora_dropout[name](inputs), module.lora_A[name].weight)
     matrix = module.lora_B[name].weight.to(low.dtype).t()
@@ -82,6 +88,10 @@ def _normed(module: Any, hidden: Tensor) -> Tensor:
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     return _Normed.apply(hidden, module.weight, module.variance_epsilon, dtype)
+
+
+def _wide(part: Tensor) -> Tensor:
+    return part.to(torch.promote_types(part.dtype, torch.float32))
 
 
 class _Normed(torch.autograd.Function):
@@ -109,16 +119,16 @@ class _Normed(torch.autograd.Function):
 
 
 class _Turned(torch.autograd.Function):
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864): (N, H, D), with cos and sin (N, 1, D), in float32, times
-    `scale` -> (N + 1, H, D) in `dtype`, the last row being zeros."""
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864): (N, H, D), with cos and sin (N, 1, D), times `scale`
+    -> (N + 1, H, D) in `dtype`, the last row being zeros. In between everything is float32 at least."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.scale, ctx.dtype = scale, states.dtype
-        cos, sin = cos * scale, sin * scale
+        cos, sin = (_wide(part) * scale for part in (cos, sin))
         first, second = states.to(cos.dtype).chunk(2, -1)
-        turned = states * cos
+        turned = states.to(cos.dtype) * cos
         half = first.shape[-1]
         turned[..., :half].addcmul_(second, sin[..., :half], value=-1)
         turned[..., half:].addcmul_(first, sin[..., half:])
@@ -129,7 +139,7 @@ class _Turned(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = (part * ctx.scale for part in ctx.saved_tensors)
+        cos, sin = (_wide(part) * ctx.scale for part in ctx.saved_tensors)
         pull = gradient[:-1].to(cos.dtype)
         turned = pull * cos
         half = pull.shape[-1] // 2

@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -100,3 +101,29 @@ def _reclaimable(group: Path) -> int:
 
 def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
+
+
+class Guard:
+    """Was the machine ours while we measured? Two jobs on the same cores falsify each other many times over.
+
+    Inside a `with` block: `seconds`, and `others`, the cores that other processes used; 0 where the system does not
+    say. Children count as ours once they have been waited for.
+    """
+
+    def __enter__(self) -> Guard:
+        self._start = time.perf_counter(), _busy(), sum(os.times()[:4])
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        start, busy, own = self._start
+        self.seconds = time.perf_counter() - start
+        self.others = max(_busy() - busy - (sum(os.times()[:4]) - own), 0.0) / self.seconds
+
+
+def _busy() -> float:
+    """Seconds that all cores have worked since the machine started (Linux)."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return 0.0
+    user, nice, system, _, _, irq, soft = map(int, path.read_text().split("\n", 1)[0].split()[1:8])
+    return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")

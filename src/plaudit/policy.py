@@ -240,7 +240,7 @@ class Policy(nn.Module):
 
     def beside(self, batch: Batch) -> bool:
         """Whether the rows are going to lie side by side. Other devices have fused kernels for masks."""
-        fits = self.blocks and batch.tokens.shape[1] <= self.window
+        fits = self.blocks and 0 < batch.tokens.shape[1] <= self.window and bool(batch.attention[:, 0].all())
         return fits and self.device.type in ("cpu", "meta") and not drops_attention(self.backbone)
 
     @torch.no_grad()

@@ -115,4 +115,6 @@ def timed(left: torch.Tensor, right: torch.Tensor) -> float:
     product = linear(left, right)
     if product.device.type == "cuda":
         torch.cuda.synchronize(product.device)
+    elif product.device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter() - start

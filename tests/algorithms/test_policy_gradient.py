@@ -355,12 +355,52 @@ def test_a_rollout_is_given_up_when_the_policy_has_moved_too_far(at, tmp_path):
 @pytest.mark.parametrize("kind", ["rloo", "grpo", "dapo", "gspo", "cispo", "dr_grpo"])
 def test_b11_b36_at_the_start_ratios_are_1_and_nothing_is_clipped(kind, at, tmp_path):
     algorithm = built(kind, at, tmp_path, temperature=0.7, kl=0.2)
-    _, figures = gradient(algorithm, next(algorithm.batches()))
+    batch = next(algorithm.batches())
+    algorithm.unmoved = False  # by what the rollout says of them, not because the first step takes them for 1
+    _, figures = gradient(algorithm, batch)
     assert figures["ratio"] == pytest.approx(1.0, abs=1e-5)
     assert figures["clip_fraction"] == 0
     assert figures["approx_kl"] == pytest.approx(0.0, abs=1e-8)
     assert algorithm.notes["sampler_gap"] < 1e-5
     assert abs(algorithm.notes["kl"]) < 1e-5
+
+
+@pytest.mark.parametrize(("kl", "kl_term", "passes"), [(0.2, "k3", 1), (0.0, "reward", 1), (0.2, "reward", 3)])
+def test_a_rollout_of_one_step_is_scored_again_only_where_that_is_needed(kl, kl_term, passes, at, tmp_path):
+    settings = {"kl": kl, "kl_term": kl_term, "kl_target": 0.0, "rollout": 8, "batch_size": 8, "group": 4, "reuse": 1}
+    algorithm = built("grpo", at, tmp_path, **settings)
+    own = algorithm.over
+    scored = []
+
+    def counted(batch, function):
+        scored.append(function is not algorithm.policy)  # the reference is asked through the policy itself
+        return own(batch, function)
+
+    algorithm.over = counted
+    batches = algorithm.batches()
+    for step in range(3):
+        _, figures = gradient(algorithm, next(batches))
+        assert figures["ratio"] == pytest.approx(1.0, abs=1e-6)
+        assert figures["approx_kl"] == 0.0
+        # Sampler and learner are told apart at each step, by one pass or another.
+        gap = figures["sampler_gap"] if step and passes == 1 else algorithm.notes["sampler_gap"]
+        assert 0 < gap < 1e-5
+    assert sum(scored) == passes
+
+
+def test_later_steps_of_a_rollout_compare_with_the_policy_that_sampled(at, tmp_path):
+    settings = {"rollout": 8, "batch_size": 4, "group": 4, "reuse": 1, "kl": 0.0, "kl_target": 0.0}
+    algorithm = built("grpo", at, tmp_path, **settings)
+    batches = algorithm.batches()
+    ratios = []
+    for _ in range(2):
+        batch = next(batches)
+        with torch.no_grad():
+            for parameter in algorithm.policy.learning().values():
+                parameter.mul_(1.05)
+        ratios.append(gradient(algorithm, batch)[1]["ratio"])
+    assert ratios[0] == pytest.approx(1.0, abs=1e-6)
+    assert ratios[1] != pytest.approx(1.0, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from plaudit import bench
+from plaudit import bench, machine
 from plaudit.loading import load_policy
 
 QUICKLY = ("--seconds", 0.01, "--rows", 2, "--tokens", 16, "--new-tokens", 4, "--precision", "float32")
@@ -48,7 +48,7 @@ def test_others_at_work_are_told_of(plaudit, models, monkeypatch):
     monkeypatch.setattr(bench, "_measurements", lambda settings, model, found: iter(()))
     monkeypatch.setattr(bench, "_table", lambda found: "")
     busy = iter([0.0, 1000.0])
-    monkeypatch.setattr(bench.Guard, "_busy", staticmethod(lambda: next(busy)))
+    monkeypatch.setattr(machine, "_busy", lambda: next(busy))
     said = plaudit("bench", "--model", models / "plain")
     assert "cores busy meanwhile: the figures say little of this machine" in said.err
 

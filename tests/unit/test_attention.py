@@ -82,6 +82,18 @@ def test_under_autocast_products_are_of_bfloat16_and_as_good_as_their_inputs():
         assert (one - other).norm() < 0.01 * other.norm()
 
 
+def test_scores_in_the_hundreds_are_told_apart_under_autocast():
+    # As in models whose keys have large biases; bfloat16 is off by a whole nat there.
+    pieces = PLANS["answers"]
+    query, key, value = (tensor.detach() for tensor in streams(12, 6, 2, torch.float32))
+    query, key = (torch.cat([x, torch.full_like(x[..., :1], 20.0)], -1).bfloat16() for x in (query, key))
+    blocks = Blocks.of(Plan.of(pieces, 12), torch.device("cpu"))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = attend(None, query, key, value, blocks, scaling=1.0)
+    expected = plainly(query.double(), key.double(), value.double(), seen(pieces), 1.0)
+    assert (found - expected).norm() < 0.01 * expected.norm()
+
+
 @pytest.mark.parametrize("lost", ["bias", "future"])
 def test_nothing_that_is_not_seen_has_any_say(lost):
     # Infinities there would spoil every sum that they entered.

@@ -59,10 +59,11 @@ def test_B33_numbers_and_gradients_are_those_of_transformers(name, dtype, share)
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_others_are_left_alone_and_right_all_the_same(name):
-    policy = Policy(made(name, OTHERS[name]))
+    windows = {"sliding_window": 7} if "sliding_window" in OTHERS[name] else {}  # just long enough for the rows
+    policy = Policy(made(name, {**OTHERS[name], **windows}))
     assert not any("forward" in vars(layer) for layer in layers_of(policy.base))
-    if policy.blocks:
-        assert_same(learned(policy), plainly(policy), 1e-4)
+    assert policy.beside(BATCH)
+    assert_same(learned(policy), plainly(policy), 1e-4)
 
 
 def test_a_norm_by_hand_and_its_gradient_in_steps():
@@ -85,6 +86,30 @@ def test_a_norm_by_hand_and_its_gradient_in_steps():
     ]
     torch.testing.assert_close(hidden.grad, torch.tensor([slopes]), atol=1e-5, rtol=0)
     torch.testing.assert_close(weight.grad, torch.tensor([3.0, -12.0]) / 12.5**0.5)
+
+
+def test_a_gate_by_hand():
+    from plaudit.layers import _Gated
+
+    gate = torch.tensor([0.5, -2.0], dtype=torch.float64, requires_grad=True)
+    up = torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)
+    found = _Gated.apply(gate, up)
+    torch.testing.assert_close(found.detach(), gate.detach() * up.detach() / (1 + torch.exp(-gate.detach())))
+    assert torch.autograd.gradcheck(_Gated.apply, (gate, up))
+    # What it is for: the swish of real models is of a class of transformers' own.
+    policy = Policy(made("Llama", FUSED["Llama"]))
+    assert any(type(node).__name__ == "_GatedBackward" for node in nodes(policy(BATCH).logprobs.grad_fn))
+
+
+def nodes(node: object) -> list[object]:
+    """A graph's functions, from its end to its beginnings."""
+    found, waiting = [], [node]
+    while waiting:
+        one = waiting.pop()
+        if one is not None and one not in found:
+            found.append(one)
+            waiting += [following for following, _ in one.next_functions]
+    return found
 
 
 def test_turning_by_hand_and_back():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from plaudit import machine
@@ -73,3 +76,27 @@ def test_processors_of_one_name_are_told_apart(tmp_path):
     (tmp_path / "cpuinfo").write_text("BogoMIPS : 50\n")
     assert "AMD EPYC" not in machine.processor(tmp_path)
     assert machine.processor(tmp_path)
+
+
+FAULTS = """
+import resource, sys
+from plaudit import machine
+if sys.argv[1:]:
+    machine.keep_memory()
+for turn in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    held = bytearray(b"x") * 2**26
+    del held
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the allocator of another system")
+def test_memory_that_was_freed_is_used_again_without_the_system_clearing_it():
+    asked = [[], ["keep"]]
+    faults = [
+        int(subprocess.run([sys.executable, "-c", FAULTS, *words], capture_output=True, check=True).stdout)
+        for words in asked
+    ]
+    assert faults[0] > 10_000  # each page of 64 MB
+    assert faults[1] < 100

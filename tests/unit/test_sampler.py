@@ -397,6 +397,24 @@ def test_refresh_takes_over_new_weights(kind, nudge, dtype):
     assert after == LocalSampler(copy.deepcopy(model), dtype=dtype).sample(PROMPTS, Sampling(8), 2, seeded())
 
 
+def test_what_is_going_to_change_is_given_back_and_what_is_frozen_stays():
+    model = tiny.model("llama", initializer_range=0.3)
+    frozen = model.model.layers[0].requires_grad_(False)
+    kept = {id(parameter) for parameter in frozen.parameters()}
+    sampler = LocalSampler(model, dtype=torch.bfloat16)
+    before = sampler.sample(PROMPTS, Sampling(8), 2, seeded())
+    shadow = sampler._shadow
+    made = dict(shadow._made)
+    sampler.release()
+    assert not list(shadow.module.parameters())
+    assert {id(p) for one in shadow._made.values() for p in one.parameters} <= kept
+    assert 0 < len(shadow._made) < len(made)
+    sampler.refresh()
+    assert sampler.sample(PROMPTS, Sampling(8), 2, seeded()) == before
+    again = [key for key, one in shadow._made.items() if one.tensor is made[key].tensor]
+    assert 0 < len(again) < len(made)  # these were not made again
+
+
 def test_a_bfloat16_shadow_of_a_float32_learner():
     model = tiny.model("llama", initializer_range=0.3)
     shadow = Shadow(model, torch.bfloat16)

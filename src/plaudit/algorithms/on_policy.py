@@ -122,6 +122,8 @@ class OnPolicyAlgorithm(Algorithm):
         while True:
             place = self.position % self.per_rollout
             if place == 0 or self.current is None:
+                if self.position:
+                    self.current = None  # the memory is wanted for the next one
                 self.current = self.rollout()
             self.unmoved = place == 0
             minibatch = self.minibatch(place)

@@ -141,7 +141,7 @@ class BinaryClassifier(Unpaired):
         found = torch.zeros(len(batch), self.policy.width)
         base, config = self.policy.base, self.policy.backbone.config
         reader = base.encoder if getattr(config, "is_encoder_decoder", False) else base
-        for part, places in self.policy.parts(batch, self.tokens_per_pass):
+        for part, places in batch.parts(self.tokens_per_pass):
             part = part.to(self.world.device)
             with self.world.autocast():
                 output = reader(input_ids=part.tokens, attention_mask=part.attention.long())
