@@ -14,6 +14,8 @@ PLANS = {
     "answers": [Piece(0, 4), Piece(4, 6, 0, 4), Piece(6, 9, 0, 4), Piece(9, 11), Piece(11, 12, 9, 11)],
     "long rows": [Piece(0, 300), Piece(300, 303)],
     "long prompt": [Piece(0, 200), Piece(200, 340, 0, 200), Piece(340, 341, 0, 200), Piece(341, 480)],
+    "padded in one block": [Piece(0, 20), Piece(20, 39), Piece(39, 58), Piece(58, 76)],
+    "padded answers": [Piece(0, 30), Piece(30, 49, 0, 30), Piece(49, 66, 0, 30), Piece(66, 84, 0, 29)],
     "exactly a block": [Piece(0, 128), Piece(128, 256, 0, 128)],
 }
 HEADS = [(4, 4), (6, 2), (3, 1)]
