@@ -1,14 +1,8 @@
 """The work that both sides do, in numbers. Nothing is imported that one of them lacks.
 
 How many rows TRL takes at once (`micro`) was looked for on two cores, by the seconds of one step after a warm-up, and
-its peak memory in GB. Each figure is one step of one process, two where two are given; equal settings differed by up to
-17 %, so that DPO's single pair alone stands out. Taken was the fastest, and of those within 5 % of it the one with
-least memory, on the rows that the benchmark itself uses, which can only favour TRL. plaudit's own was left to plaudit.
-
-    dpo, pairs     4: 11.7 and 10.7 (7.2)    2: 9.8 and 10.8 (5.1)    1: 8.0 (4.3)
-    reward, pairs  8: 8.0 and 8.6 (9.2)      4: 8.6 and 8.6 (6.0)     2: 6.9 (4.6)
-    sft, rows      8: 10.4 and 8.8 (5.8)     4: 9.7 and 10.0 (4.8)    2: 8.8 (4.2)
-    grpo, rows     32: 27.2 (9.6)   16: 23.2 (7.0)   8: 23.6 (5.3)   4: 24.9 (4.5), all of 32 new tokens
+its peak memory; `micro` is the place to look again. Taken was the fastest, and of those near it the one with least
+memory, on the rows that the benchmark itself uses, which can only favour TRL. plaudit's own was left to plaudit.
 
 What adapters make of it was not looked at: they take the size of the same work without them. KTO compares the rows of
 one pass with each other, so that all are one pass. Of PPO's, `micro` is how many are sampled side by side: all.

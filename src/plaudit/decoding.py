@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
-from plaudit.fused import FusedLayer, Product, fusable
+from plaudit.fused import FusedLayer, Product, adapters_of, fusable
 
 BLOCK = 256
 """Vocabulary entries per block of the draw: about the square root of a usual vocabulary, so both searches are short."""
@@ -136,13 +136,9 @@ def linear_of(module: Any) -> Linear | None:
     """What `module` multiplies with, if it is a linear layer, or one with LoRA adapters (which are merged into the
     matrix, never into the module); None for everything else. The exact types only: subclasses compute something else.
     """
-    base, adapters = module, []
-    if (type(module).__module__, type(module).__name__) == ("peft.tuners.lora.layer", "Linear"):
-        base = module.base_layer
-        adapters = [] if module.merged else [name for name in module.active_adapters if name in module.lora_A]
-        if module.disable_adapters or any(name in module.lora_variant or module.lora_bias[name] for name in adapters):
-            return None
-    if type(base) not in (nn.Linear, Conv1D):
+    base, adapters = getattr(module, "base_layer", module), adapters_of(module)
+    known = base is module or type(module).__module__ == "peft.tuners.lora.layer"
+    if adapters is None or not known or type(base) not in (nn.Linear, Conv1D):
         return None
 
     def matrix() -> Tensor:

@@ -1,5 +1,5 @@
-"""Decoder layers of the Llama shape as a learner runs them: transformers' own numbers, with two thirds of what is kept
-for the backward pass and fewer passes over memory.
+"""Decoder layers of the Llama shape as a learner runs them: transformers' own numbers, with less kept for the backward
+pass and fewer passes over memory.
 
 Under autocast transformers' layers keep a copy of their input for each matrix, and most of what lies between two
 matrices twice. Here a norm gives the type that the matrices multiply in, and what is cheap is computed again.
@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers.activations import SiLUActivation
 
 from plaudit.attention import Blocks, along
-from plaudit.fused import fusable
+from plaudit.fused import adapters_of, fusable
 
 
 def lean(layers: nn.ModuleList) -> None:
@@ -64,14 +64,11 @@ def forward(
 def _product(module: Any, inputs: Tensor) -> Tensor:
     """(..., in) -> (..., out) of a linear layer; with an adapter, whose own code would copy what goes in to float32
     and back, and pass over what comes out three times."""
-    if (type(module).__module__, type(module).__name__) != ("peft.tuners.lora.layer", "Linear"):
-        return module(inputs)
-    names = [name for name in module.active_adapters if name in module.lora_A]
-    if module.merged or module.disable_adapters or len(names) != 1:
+    names = adapters_of(module)
+    if names is None or len(names) != 1:
         return module(inputs)
     (name,) = names
-    like = torch.is_autocast_enabled(inputs.device.type) or module.lora_A[name].weight.dtype == inputs.dtype
-    if name in module.lora_variant or module.lora_bias[name] or not like:
+    if not torch.is_autocast_enabled(inputs.device.type) and module.lora_A[name].weight.dtype != inputs.dtype:
         return module(inputs)
     found = module.base_layer(inputs)
     low = functional.linear(module.lora_dropout[name](inputs), module.lora_A[name].weight)

@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from plaudit import seq2seq
 from plaudit.backbone import (
-    drops_attention,
     evaluating,
     layers_of,
     logit_transform,
@@ -240,8 +239,13 @@ class Policy(nn.Module):
 
     def beside(self, batch: Batch) -> bool:
         """Whether the rows are going to lie side by side. Other devices have fused kernels for masks."""
-        fits = self.blocks and 0 < batch.tokens.shape[1] <= self.window and bool(batch.attention[:, 0].all())
-        return fits and self.device.type in ("cpu", "meta") and not drops_attention(self.backbone)
+        fits = (
+            self.blocks
+            and not self.own_head
+            and 0 < batch.tokens.shape[1] <= self.window
+            and bool(batch.attention[:, 0].all())
+        )
+        return fits and self.device.type in ("cpu", "meta")
 
     @torch.no_grad()
     def trunk(self, batch: Batch) -> Tensor:

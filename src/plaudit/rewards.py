@@ -71,7 +71,7 @@ class ModelReward:
         rows = self.template.tokenizer(texts, truncation=True, max_length=limit_of(self.policy.backbone)).input_ids
         scores = torch.zeros(len(rows))
         batch = collate(rows, [[]] * len(rows))
-        for part, places in batch.parts(self.tokens):
+        for part, places in self.policy.parts(batch, self.tokens):
             output = self.policy(part.to(self.policy.device), logprobs=False, scores=True)
             scores[places] = output.scores.float().cpu()
         return [float(score) for score in scores]

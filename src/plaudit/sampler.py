@@ -204,6 +204,8 @@ class LocalSampler:
             if len(free) == len(slots):
                 return order[at:]
             slots[free] = rows.empty
+            if at == last and isinstance(decoder, Slots):
+                decoder.known = None  # nobody waits for these prompts any more
             if at == last and len(slots) - len(free) < self._compact * len(slots):
                 kept = running.nonzero()[:, 0]
                 slots, ids = slots[kept], ids[kept]

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from plaudit.decoding import SlabLayer, slab_cache
 from plaudit.errors import PlauditError
-from plaudit.fused import takes_masks
+from plaudit.fused import masked_by_sdpa
 
 Prompt = tuple[int, ...]
 
@@ -60,7 +60,7 @@ class Slots:
         self.refills = self.positioned and whole and not getattr(model.config, "alibi", False)
         # A mask that is ready for the attention kernel spares transformers making one at every step, and one of numbers
         # spares the kernel of the CPU making it in every layer.
-        self.ready = self.refills and takes_masks(model.config)
+        self.ready = self.refills and masked_by_sdpa(model.config)
         self.device = model.get_input_embeddings().weight.device
         kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
         self.added = kinds.pop() if self.device.type == "cpu" and len(kinds) == 1 else None

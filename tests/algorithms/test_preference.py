@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import math
 import threading
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations
 
 import pytest
 import torch
+from one_token import OneToken
 from transformers import AutoModelForCausalLM
 
 import examples
@@ -27,7 +27,6 @@ from plaudit.algorithms.preference import (
     RobustDirectPreference,
     SimplePreference,
 )
-from plaudit.policy import Output
 from plaudit.settings.preference import CPO, DPO, IPO, ORPO, RRHF, RobustDPO, SimPO
 from plaudit.templates import Encoded
 from plaudit.world import World
@@ -131,38 +130,9 @@ def test_b9_the_first_gradient_of_dpo(at, tmp_path):
 # --------------------------------------------------------------------------------------------- where it converges
 
 
-class Tabular(torch.nn.Module):
-    """A policy over a few answers of one token, by one logit each."""
-
-    adapter = None
-
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = torch.nn.Parameter(logits.clone())
-
-    def parts(self, batch, tokens):
-        return batch.parts(tokens)
-
-    def learning(self):
-        return dict(self.named_parameters())
-
-    def keep_reference(self):
-        self.kept = self.logits.detach().clone()
-
-    @contextmanager
-    def as_reference(self):
-        own, self.logits.data = self.logits.data, self.kept
-        yield
-        self.logits.data = own
-
-    def forward(self, batch):
-        logprobs = self.logits.log_softmax(0)[batch.tokens]
-        return Output(logprobs=torch.where(batch.actions, logprobs, torch.zeros_like(logprobs)))
-
-
 def converged(kind, settings, logits, pairs):
     """The policy where the gradient of the real algorithm's loss is zero; pairs are (i, j, chance that i wins)."""
-    policy = Tabular(logits)
+    policy = OneToken(logits)
     one = [Encoded([0], [i], [True]) for i in range(len(logits))]
     data = [Answers([one[i], one[j]], [p, 1 - p]) for i, j, p in pairs]
     world = World(torch.device("cpu"))
@@ -184,7 +154,7 @@ GIVEN = {"model": "m", "data": "d"}
 
 def first_loss(kind, settings, logprob, targets):
     """Loss and statistics of one prompt, whose answers have one, two, three tokens, each of `logprob`."""
-    policy = Tabular(torch.tensor([math.log(-math.expm1(logprob)), logprob], dtype=torch.float64))
+    policy = OneToken(torch.tensor([math.log(-math.expm1(logprob)), logprob], dtype=torch.float64))
     answers = [Encoded([0], [1] * length, [True] * length) for length in range(1, len(targets) + 1)]
     data = [Answers(answers, targets)]
     algorithm = kind(replace(settings, batch_size=1), World(torch.device("cpu")), policy, data, [])

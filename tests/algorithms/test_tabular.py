@@ -8,11 +8,11 @@ a completion is a part of the mean that it is compared with, and so weighs the d
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
+from one_token import OneToken
 
 from plaudit import GRPO, RLOO, VPG, DrGRPO, ReinforcePP
 from plaudit.algorithms.policy_gradient import (
@@ -23,7 +23,6 @@ from plaudit.algorithms.policy_gradient import (
     VanillaPolicyGradient,
 )
 from plaudit.batch import Batch
-from plaudit.policy import Output
 from plaudit.world import World
 
 ARMS, GROUP, BETA = 6, 4, 0.5
@@ -42,33 +41,19 @@ REWARDS = np.array([0.7, 0.2, 1.7, -0.6, 0.5, -0.4])
 TWO_VALUED = np.array([0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
 
 
-class Tabular(torch.nn.Module):
+class Tabular(OneToken):
     """A policy over answers of one token, by one logit each. `share`: how many times each row counts in gradients."""
 
-    adapter, frozen, share, value = None, 0, None, None
+    share = None
 
     def __init__(self):
-        super().__init__()
-        self.logits = torch.nn.Parameter(torch.tensor(REFERENCE).log())
-
-    def parts(self, batch, tokens):
-        return batch.parts(tokens)
-
-    def keep_reference(self):
-        self.kept = self.logits.detach().clone()
-
-    @contextmanager
-    def as_reference(self):
-        own, self.logits.data = self.logits.data, self.kept
-        yield
-        self.logits.data = own
+        super().__init__(torch.tensor(REFERENCE).log())
 
     def forward(self, batch, **asked):
-        logprobs = self.logits.log_softmax(0)[batch.tokens]
-        logprobs = torch.where(batch.actions, logprobs, torch.zeros_like(logprobs))
-        if self.share is not None and logprobs.requires_grad:
-            logprobs.register_hook(lambda gradient: gradient * self.share[:, None])
-        return Output(logprobs=logprobs)
+        output = super().forward(batch)
+        if self.share is not None and output.logprobs.requires_grad:
+            output.logprobs.register_hook(lambda gradient: gradient * self.share[:, None])
+        return output
 
 
 def built(verb, term, rows, **changes):
