@@ -28,8 +28,8 @@ def settings_of(work: Work) -> Training:
         "steps": (work.steps + 1) * work.updates,
         "batch_size": work.batch,
         "learning_rate": work.learning_rate,
-        "schedule": "constant",
-        "warmup": 0.0,
+        "schedule": "linear" if work.falls else "constant",
+        "warmup": 0.1 if work.falls else 0.0,
         "precision": work.precision,
         "device": "cpu",
         "seed": work.seed,
@@ -38,8 +38,8 @@ def settings_of(work: Work) -> Training:
         "save_every": 0,
     }
     if not work.sampled:
-        kinds = {"sft": verbs.SFT, "reward": verbs.Reward, "dpo": verbs.DPO, "kto": verbs.KTO}
-        return kinds[work.kind](**shared, max_tokens=work.max_tokens)
+        kind = {"ipo": "ipo_avg"}.get(work.kind, work.kind)  # TRL's IPO averages over tokens
+        return verbs.VERBS[kind](**shared, max_tokens=work.max_tokens)
     shared |= {
         "max_prompt_tokens": work.max_tokens,
         "max_new_tokens": work.new_tokens,
@@ -112,8 +112,12 @@ def main() -> None:
 
     hooks.Progressing = Watching  # type: ignore[misc]
     shutil.rmtree(work.output, ignore_errors=True)
-    train(settings_of(work))
-    print(json.dumps(watch.report()))
+    run = train(settings_of(work))
+    if work.keep:
+        losses = [row["loss"] for row in run.metrics() if "loss" in row]
+        print(json.dumps({"losses": losses, "tokens": watch.tokens}))
+    else:
+        print(json.dumps(watch.report()))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ Prints one line of JSON at the end.
 from __future__ import annotations
 
 import json
+import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +53,16 @@ def arguments(cls: type, **more: Any) -> Any:
         "per_device_train_batch_size": work.micro,
         "gradient_accumulation_steps": work.batch // work.micro,
         "learning_rate": work.learning_rate,
-        "lr_scheduler_type": "constant",
+        "lr_scheduler_type": "linear" if work.falls else "constant",
+        "warmup_steps": math.ceil(0.1 * (work.steps + 1)) if work.falls else 0,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "optim": "adamw_torch_fused",
         "bf16": work.precision == "bfloat16",
         "gradient_checkpointing": False,
         "use_cpu": True,
-        "logging_strategy": "no",
+        "logging_strategy": "steps" if work.keep else "no",
+        "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -96,7 +100,7 @@ def loading() -> dict[str, Any]:
     return {"model_init_kwargs": {"dtype": WORK.precision if WORK.lora else "float32"}}
 
 
-def from_data(config: type, trainer: type, refers: bool = False, **more: Any) -> Any:
+def from_data(config: type, trainer: Any, refers: bool = False, **more: Any) -> Any:
     """A trainer whose batches are rows of the data, in their order."""
     reference = {"ref_model": frozen(AutoModelForCausalLM, WORK.model)} if refers and not WORK.lora else {}
     settings = arguments(config, train_sampling_strategy="sequential", **loading(), **more)
@@ -104,11 +108,19 @@ def from_data(config: type, trainer: type, refers: bool = False, **more: Any) ->
     computed = made.compute_loss
 
     def counted(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        TOKENS.append(int(inputs["attention_mask"].sum()))
+        masks = ("attention_mask", "chosen_attention_mask", "rejected_attention_mask")
+        TOKENS.append(sum(int(inputs[name].sum()) for name in masks if name in inputs))
         return computed(model, inputs, *args, **kwargs)
 
     made.compute_loss = counted
     return made
+
+
+def paired(config: type, trainer: type, **more: Any) -> Any:
+    """A trainer of pairs without a reference, whose tokenizer has to be given."""
+    return from_data(
+        config, partial(trainer, processing_class=tokenizer(WORK.model, "left")), max_length=WORK.max_tokens, **more
+    )
 
 
 def sft() -> Any:
@@ -127,6 +139,25 @@ def dpo() -> Any:
     from trl import DPOConfig, DPOTrainer
 
     return from_data(DPOConfig, DPOTrainer, refers=True, max_length=WORK.max_tokens, beta=0.1)
+
+
+def ipo() -> Any:
+    from trl import DPOConfig, DPOTrainer
+
+    more = {"max_length": WORK.max_tokens, "loss_type": "ipo", "beta": 1.0}
+    return from_data(DPOConfig, DPOTrainer, refers=True, **more)
+
+
+def orpo() -> Any:
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    return paired(ORPOConfig, ORPOTrainer, beta=0.1)
+
+
+def simpo() -> Any:
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    return paired(CPOConfig, CPOTrainer, loss_type="simpo", cpo_alpha=0.0, simpo_gamma=1.0, beta=2.0)
 
 
 def kto() -> Any:
@@ -212,8 +243,14 @@ def ppo() -> Any:
 
 
 def main() -> None:
-    trainer = {"sft": sft, "reward": reward, "dpo": dpo, "kto": kto, "grpo": grpo, "ppo": ppo}[WORK.kind]()
+    kinds = (sft, reward, dpo, ipo, orpo, simpo, kto, grpo, ppo)
+    trainer = next(kind for kind in kinds if kind.__name__ == WORK.kind)()
     trainer.train()
+    if WORK.keep:
+        trainer.save_model(f"{WORK.output}/final")
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        print(json.dumps({"losses": losses, "tokens": TOKENS}))
+        return
     passes = len(TOKENS) // (WORK.steps + 1)
     tokens = [sum(TOKENS[i : i + passes]) for i in range(0, len(TOKENS), passes)]
     print(json.dumps(MARKS.report() | {"tokens": tokens[1:], "completion_tokens": COMPLETIONS[1:]}))

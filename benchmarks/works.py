@@ -17,7 +17,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Work:
-    """kind           the algorithm: sft, reward, dpo, kto, grpo or ppo
+    """kind           the algorithm: sft, reward, dpo, ipo, orpo, simpo, kto, grpo or ppo
     batch          rows (or pairs) that an optimizer step sees
     max_tokens     of a row, its end included; of a prompt where completions are sampled
     rollout, group completions that are sampled at a time, and of each prompt
@@ -28,6 +28,8 @@ class Work:
     steps          that are timed, after one that is not: optimizer steps, or rollouts with all that is learned of them
     model, rewards folders; data, a file of JSON lines; output, a folder that is this side's own
     precision      "bfloat16": autocast over float32 weights that learn
+    falls          whether the learning rate rises over a tenth of the steps and falls to zero, or stays as it is
+    keep           save what was learned in the folder `final` of the output, and report the loss of every step
     """
 
     kind: str
@@ -44,6 +46,8 @@ class Work:
     steps: int = 3
     seed: int = 0
     precision: str = "bfloat16"
+    falls: bool = False
+    keep: bool = False
     model: str = ""
     rewards: str = ""
     data: str = ""

@@ -18,7 +18,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import plaudit
-from plaudit.machine import Guard
 from plaudit.settings import VERBS
 
 ALGORITHMS = [
@@ -36,7 +35,6 @@ ALGORITHMS = [
 ]
 ROLLOUT, BATCH = 128, 64
 COLUMNS = [
-    "seconds",
     "judge",
     "win_rate",
     "win_rate_low",
@@ -55,6 +53,7 @@ def settings_of(verb: str, base: Path, output: Path, samples: int, seed: int) ->
     known = {field.name: field.default for field in dataclasses.fields(cls)}
     reuse = 2 if "reuse" in known else 1
     batch = ROLLOUT if verb == "best_of_n" else BATCH
+    rollout = BATCH if verb == "vpg" else ROLLOUT  # which takes one step of each rollout
     given = {
         "model": str(base / "sft" / "final"),
         "data": str(base / "data" / "train.jsonl"),
@@ -63,7 +62,7 @@ def settings_of(verb: str, base: Path, output: Path, samples: int, seed: int) ->
         "seed": seed,
         "holdout": 0.0,
         "reward_normalise": True,
-        "rollout": ROLLOUT,
+        "rollout": rollout,
         "batch_size": batch,
         "steps": samples // batch * reuse,
         "reuse": reuse,
@@ -87,14 +86,12 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--output", type=Path, default=Path("runs/learning-reviews"))
     arguments = parser.parse_args()
-    policies, seconds = {"sft": str(arguments.base / "sft" / "final")}, {}
-    with Guard() as guard:
-        for seed in arguments.seeds:
-            for verb in arguments.algorithms:
-                name = f"{verb}-{seed}"
-                folder = arguments.output / name
-                run = plaudit.train(settings_of(verb, arguments.base, folder, arguments.samples, seed))
-                policies[name], seconds[name] = str(run.final), run.summary["seconds"]
+    policies = {"sft": str(arguments.base / "sft" / "final")}
+    for seed in arguments.seeds:
+        for verb in arguments.algorithms:
+            name = f"{verb}-{seed}"
+            run = plaudit.train(settings_of(verb, arguments.base, arguments.output / name, arguments.samples, seed))
+            policies[name] = str(run.final)
     settings = plaudit.Evaluate(
         policies=tuple(f"{name}={folder}" for name, folder in policies.items()),
         data=str(arguments.base / "data" / "heldout.jsonl"),
@@ -106,9 +103,9 @@ def main() -> None:
         temperature=0.8,
     )
     found = plaudit.evaluate(settings).summary
-    rows = {name: {"seconds": seconds.get(name, 0.0), **found[name]} for name in policies}
+    rows = {name: found[name] for name in policies}
     (arguments.output / "reviews.json").write_text(json.dumps(rows, indent=2))
-    print(f"{arguments.samples} samples each; other processes used {guard.others:.2f} cores meanwhile.\n")
+    print(f"{arguments.samples} samples each.\n")
     print(f"| run | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
     for name, row in rows.items():
         print(f"| {name} | {' | '.join(f'{row[c]:.3g}' if c in row else '' for c in COLUMNS)} |")
