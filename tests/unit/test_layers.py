@@ -197,3 +197,38 @@ def test_a_copy_of_a_policy_runs_its_own_layers():
         found = copied(BATCH).logprobs[BATCH.actions]
     torch.testing.assert_close(found, uniform.expand_as(found))
     assert side_by_side(BATCH, 32).source.numel() == int(BATCH.lengths.sum()) - 4
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_is_autocasts_own_to_the_bit_and_keeps_no_copy_of_its_weights(bias):
+    from plaudit.layers import _product
+
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 48, bias=bias)
+    inputs = torch.randn(2, 7, 64).bfloat16()
+    pull = torch.randn(2, 7, 48).bfloat16()
+
+    def taken(function):
+        given, kept = inputs.clone().requires_grad_(), []
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
+        with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            found = function(given)
+        return found, torch.autograd.grad(found, [given, *linear.parameters()], pull), kept
+
+    found, gradients, kept = taken(lambda given: _product(linear, given))
+    expected, wanted, copied = taken(linear)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+    for one, other in zip(gradients[:2], wanted[:2], strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    for one, other in zip(gradients[2:], wanted[2:], strict=True):  # a sum, which autocast rounds to bfloat16
+        torch.testing.assert_close(one, pull.float().sum((0, 1)))
+        torch.testing.assert_close(one, other, rtol=0.01, atol=0.01)
+    own = linear.weight.data_ptr()
+    assert all(tensor.data_ptr() == own for tensor in kept if tensor.numel() == linear.weight.numel())
+    assert any(tensor.data_ptr() != own for tensor in copied if tensor.numel() == linear.weight.numel())
