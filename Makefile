@@ -29,6 +29,7 @@ bench: $(VENV)/.quickstart
 	$(BIN)/python benchmarks/against_trl.py
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/compiled.py
 
 bench-quickstart: $(VENV)/.quickstart
 	$(BIN)/python benchmarks/quickstart.py
