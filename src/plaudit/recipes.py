@@ -159,6 +159,7 @@ def prepare(settings: Training) -> tuple[Training, Data]:
         checks.check_rewards(listed(settings.rewards))
         checks.check_rollout(settings.rollout, settings.batch_size, settings.group, once=isinstance(settings, VPG))
         checks.check_learning_from_samples(settings)
+        checks.check_reference(getattr(settings, "reference", ""), settings.lora_rank)
     loaded = load_records(settings)
     if isinstance(settings, Reward):
         checks.check_data(settings.normalise_on)
