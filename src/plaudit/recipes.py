@@ -18,7 +18,7 @@ from plaudit.families import family_of
 from plaudit.records import Demonstration, Loaded
 from plaudit.run import Run, write_atomically
 from plaudit.settings import SFT, Reward
-from plaudit.settings.common import Common, Training
+from plaudit.settings.common import Common, Machine, Training
 from plaudit.settings.policy_gradient import VPG, OnPolicy
 from plaudit.settings.scratch import Scratch, described
 
@@ -266,7 +266,7 @@ def _say(message: str) -> None:
     tell(message)
 
 
-def start_world(settings: Common) -> World:
+def start_world(settings: Machine) -> World:
     """Seeds, threads, device and number type that the settings ask for."""
     import numpy as np
     import torch

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 
-from plaudit.settings.common import Common, Count, CountOrNone, NotNegative, Positive, Precision, Share
+from plaudit.settings.common import Common, Count, CountOrNone, Machine, NotNegative, Positive, Share
 from plaudit.settings.rewards import RewardSources
 from plaudit.settings.sampling import Sampling
 
@@ -27,7 +27,7 @@ class Queries:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loop:
+class Loop(Machine):
     """Ask, learn what is liked, learn to please, ask again: rounds of all three over one folder."""
 
     model: str
@@ -75,12 +75,6 @@ class Loop:
     """Split of a Hub data set."""
     seed: CountOrNone = 0
     """Seeds everything that is random but the order in which answers are shown."""
-    precision: Precision = "auto"
-    """bfloat16 autocast over float32 weights, or float32; auto takes bfloat16 where the machine is faster in it."""
-    device: str | None = None
-    """cuda, mps or cpu; by default the first that is found."""
-    threads: CountOrNone = 0
-    """CPU threads; 0 leaves PyTorch's choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +104,7 @@ class Compare(Sampling, Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Label(Sampling):
+class Label(Sampling, Machine):
     """People judge answers in the browser: pairs, rankings or ratings, of files or of policies."""
 
     data: str | tuple[str, ...] = ()
@@ -161,12 +155,6 @@ class Label(Sampling):
     """Split of a Hub data set of prompts."""
     seed: CountOrNone = 0
     """Seeds the samples, and what is asked again; the order in which answers are shown is always drawn anew."""
-    precision: Precision = "auto"
-    """bfloat16 autocast over float32 weights, or float32; auto takes bfloat16 where the machine is faster in it."""
-    device: str | None = None
-    """cuda, mps or cpu; by default the first that is found."""
-    threads: CountOrNone = 0
-    """CPU threads; 0 leaves PyTorch's choice."""
 
     def __post_init__(self) -> None:
         if self.data and self.policies:
@@ -234,7 +222,7 @@ class Agreement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Annotate(RewardSources):
+class Annotate(RewardSources, Machine):
     """A synthetic annotator, which answers at a label server in place of people: to try a loop, or to test it."""
 
     url: str = ""
@@ -260,9 +248,3 @@ class Annotate(RewardSources):
     """Seconds without anything to answer after which it ends."""
     seed: CountOrNone = 0
     """Seeds the answers; of several people, each has a seed of its own from there on."""
-    precision: Precision = "auto"
-    """Of a reward that is a model: bfloat16 autocast over float32 weights, or float32."""
-    device: str | None = None
-    """Of a reward that is a model: cuda, mps or cpu; by default the first that is found."""
-    threads: CountOrNone = 0
-    """CPU threads; 0 leaves PyTorch's choice."""
