@@ -16,10 +16,12 @@ from plaudit.algorithms.on_policy import Asked
 from plaudit.errors import PlauditError
 from plaudit.feedback import queries
 from plaudit.feedback.items import MOST, Candidate, Item, Kind
+from plaudit.loading import encodes, load_tokenizer
 from plaudit.records import Prompt, Text
 from plaudit.rewards import load_rewards
 from plaudit.sampler import Sampling
 from plaudit.settings.sampling import Sampling as Drawing
+from plaudit.templates import Template
 from plaudit.world import World
 
 Answered = tuple[Prompt, list[Candidate]]
@@ -70,6 +72,18 @@ def answers(
         for note in notes:
             tell(note)
     return [(prompt, texts) for prompt, texts in zip(prompts, said, strict=True) if len(texts) == every]
+
+
+def fitting(
+    policy: str, prompts: Sequence[Prompt], longest: int, tell: Callable[[str], None] = lambda sentence: None
+) -> list[Prompt]:
+    """Prompts of at most `longest` tokens; `tell` hears how many are left out. Raises PlauditError if all are."""
+    folder = sources.resolve(policy)
+    template = Template(load_tokenizer(folder), encodes(folder))
+    kept, notes = data.within(prompts, lambda each: len(template.prompt(each.prompt)), longest, "prompt")
+    for note in notes:
+        tell(note)
+    return kept
 
 
 def questions(said: Sequence[Answered]) -> list[Item]:

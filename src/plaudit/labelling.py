@@ -9,7 +9,7 @@ from pathlib import Path
 from plaudit import checks, config
 from plaudit.errors import PlauditError
 from plaudit.feedback import serving
-from plaudit.feedback.items import Item, check_item
+from plaudit.feedback.items import Item
 from plaudit.feedback.store import Store
 from plaudit.settings.feedback import Label
 
@@ -99,6 +99,4 @@ def _of_policies(settings: Label) -> list[Item]:
         raise PlauditError(f"policies: they say the same to all {len(prompts)} prompts, so nothing is to be asked.")
     if settings.kind != "auto":
         items = [replace(item, kind=settings.kind) for item in items]
-    for item in items:
-        check_item(item, "policies")
     return items

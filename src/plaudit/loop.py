@@ -94,7 +94,7 @@ class Looping:
     def __init__(self, settings: Loop, sections: Sections, prompts: Sequence[Prompt], whole: Run) -> None:
         self.settings, self.sections, self.prompts, self.whole = settings, sections, list(prompts), whole
         self.doing = ""
-        self.failure: PlauditError | None = None
+        self.failure: Exception | None = None
         counts = questions(settings)
         self.rounds = [
             Round(number, count, whole.folder / f"round-{number:03d}") for number, count in enumerate(counts, 1)
@@ -158,7 +158,7 @@ class Looping:
                 while not over.is_set():
                     if not sum(annotator.turn() for annotator in annotators):
                         over.wait(PAUSE)
-            except PlauditError as error:
+            except Exception as error:  # whatever it is: nobody else answers, and the loop would wait for ever
                 self.failure = error
 
         thread = threading.Thread(target=work, daemon=True)
@@ -211,19 +211,20 @@ class Looping:
 
         asked = {_question(item) for item in self._items(now.number - 1)}
         found: list[Item] = []
-        order = data.Order(len(self.prompts), wanted, self._seed(now))
+        # Those that are too long for the policy would otherwise be drawn again, and at last nothing else.
+        prompts = asking.fitting(self._speaker(now), self.prompts, self.sections.policy.max_prompt_tokens, tell)
+        order = data.Order(len(prompts), wanted, self._seed(now))
         bar, task = progress_bar("ask", 2 * wanted, unit="answers")
         with bar:
             for attempt in range(TRIES):
                 missing = wanted - len(found)
                 sampled = asking.candidates(
                     [self._speaker(now)],
-                    [self.prompts[place] for place in order[attempt][:missing]],
+                    [prompts[place] for place in order[attempt][:missing]],
                     self.sections.policy,
                     world,
                     seed=self._seed(now) * TRIES + attempt,
                     advance=lambda count: bar.advance(task, count),
-                    tell=tell if attempt == 0 else lambda sentence: None,
                 )
                 for item in sampled:
                     if _question(item) not in asked and all(map(_says, item.candidates)):

@@ -50,12 +50,11 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Loop:
     file.setdefault("output", f"runs/{Path(path).stem}")
     settings = config.from_mapping(Loop, file, str(path))
     folder = Path(path).parent
-    moved = {"prompts": pipeline.beside(settings.prompts, folder), "model": settings.model}
     synthetic = {
         name: pipeline.beside(value, folder) if name == "rewards" else value
         for name, value in settings.synthetic.items()
     }
-    settings = replace(settings, **moved, synthetic=synthetic)
+    settings = replace(settings, prompts=pipeline.beside(settings.prompts, folder), synthetic=synthetic)
     Sections.of(settings, str(path))
     return settings
 
@@ -68,7 +67,9 @@ def _override(file: dict[str, Any], override: str) -> None:
         raise PlauditError(f"{override!r} is no override: write {form}.")
     into = file
     if dot:
-        into = file[section] = dict(file.get(section) or {})
+        into = file[section] = file.get(section) or {}
+        if not isinstance(into, dict):
+            raise PlauditError(f"{section}: is {into!r:.60}, but must be a mapping of its settings.")
     into[field if dot else name] = config.parse_value(text)
 
 
@@ -95,16 +96,19 @@ class Sections:
             raise PlauditError(f"{where}: policy: {verb!r} does not learn from its own samples: {', '.join(known)} do.")
         reward = {"model": settings.model, **shared, **FITTING, **settings.reward, "data": "labels.jsonl"}
         policy = {**shared, **settings.policy, "model": settings.model, "data": "prompts.jsonl", "rewards": "reward"}
+        synthetic = {**shared, **settings.synthetic}
         found = cls(
             config.from_mapping(Queries, settings.queries, f"{where}: queries"),
             config.from_mapping(Reward, reward, f"{where}: reward"),
             config.from_mapping(VERBS[verb], policy, f"{where}: policy"),
-            config.from_mapping(Annotate, settings.synthetic, f"{where}: synthetic") if settings.synthetic else None,
+            config.from_mapping(Annotate, synthetic, f"{where}: synthetic") if settings.synthetic else None,
         )
         if found.queries.method in ("disagreement", "margin") and found.reward.members < 2:
             raise PlauditError(
                 f"{where}: queries: {found.queries.method} needs several reward models: give `reward` members, 3 say."
             )
+        if settings.target and not found.reward.holdout and found.reward.eval_data is None:
+            raise PlauditError(f"{where}: target: no answer is held out to be foreseen: raise `holdout` in `reward`.")
         if 0 < len(settings.people) < settings.overlap:
             raise PlauditError(f"{where}: overlap: {settings.overlap} people are to answer, but fewer are named.")
         questions(settings)
@@ -129,7 +133,9 @@ def questions(settings: Loop) -> list[int]:
     ends[-1] = total
     counts = [end - before for end, before in zip(ends, [0, *ends], strict=False)]
     if 0 in counts:
-        raise PlauditError(f"labels: round {counts.index(0) + 1} of {rounds} would ask nothing: raise labels.")
+        raise PlauditError(
+            f"labels: round {counts.index(0) + 1} of {rounds} would ask nothing: raise labels, or lower first or rounds."
+        )
     return counts
 
 

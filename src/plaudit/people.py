@@ -88,7 +88,10 @@ def _places(settings: Annotate) -> tuple[str, list[str]]:
         path = Path(settings.token_file)
         if not path.is_file():
             raise PlauditError(f"token_file: there is no file {settings.token_file!r}.")
-        tokens += path.read_text("utf-8").split()
+        try:
+            tokens += path.read_text("utf-8").split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlauditError(f"token_file: {settings.token_file} cannot be read ({error}).") from None
     if not tokens:
         raise PlauditError("token: nobody answers: give `token`, `token_file`, or the link of one person as `url`.")
     if settings.people and len(tokens) > 1:

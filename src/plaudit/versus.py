@@ -45,6 +45,8 @@ def compare(settings: Compare) -> Run:
 
 def sentence(found: dict[str, Any], names: Sequence[str]) -> str:
     """The outcome in words."""
+    if "win_rate" not in found:
+        return "Nobody has decided anything."
     rate, low, high = (f"{100 * found[name]:.0f}%" for name in ("win_rate", "win_rate_low", "win_rate_high"))
     interval = f"95% interval {low} to {high}, ties half"
     return f"{names[1]} is preferred to {names[0]} in {rate} of {found['prompts']} prompts ({interval})."
@@ -81,7 +83,12 @@ def _by_people(settings: Compare, names: Sequence[str]) -> Run:
     prompts = data.load(settings.data, Prompt, settings.split).records
     with Run.open(settings.output, {"verb": "compare", **asdict(settings)}, FREE) as run:
         if not run.finished:
-            _asked(settings, prompts, run)
+            try:
+                _asked(settings, prompts, run)
+            except PlauditError:
+                # The corrected command would be refused for differing from settings that led nowhere.
+                (run.folder / "config.yaml").unlink()
+                raise
             _answered(settings, names, run)
         return run
 
@@ -132,7 +139,7 @@ def _answered(settings: Compare, names: Sequence[str], run: Run) -> None:
                 labels = desk.wait(items, needed, lambda count: bar.update(task, completed=count))
         except KeyboardInterrupt:
             found = figures(items, desk.labels(items), names, _alike(run))
-            tell(sentence(found, names) if found["prompts"] else "Nobody has decided anything so far.")
+            tell(sentence(found, names))
             raise
     run.samples(0, [_side_by_side(item, names) for item in items[:SHOWN]])
     run.finish({"verb": "compare", **figures(items, labels, names, _alike(run))})

@@ -256,6 +256,12 @@ def test_mistakes_are_told_before_anything_loads(given, said):
         people.annotate(Annotate(**{"rewards": "count:a", **given}))
 
 
+def test_a_file_of_tokens_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "tokens").write_bytes(b"\xff\xfe")
+    with pytest.raises(PlauditError, match=r"token_file: .*tokens cannot be read"):
+        people.annotate(Annotate(url="http://127.0.0.1:9", token_file=str(tmp_path / "tokens"), rewards="count:a"))
+
+
 # -------------------------------------------------------------------------------------------------- plaudit agreement
 
 

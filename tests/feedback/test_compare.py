@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from people import answering, longest
@@ -14,7 +16,7 @@ from people import answering, longest
 import tiny
 from plaudit import evaluate
 from plaudit.errors import PlauditError
-from plaudit.feedback.desk import kept
+from plaudit.feedback.desk import Desk, kept
 from plaudit.feedback.items import Answer, Candidate, Item, Label
 from plaudit.feedback.store import Store
 from plaudit.settings import Evaluate
@@ -98,6 +100,33 @@ def test_a_judge_finds_what_evaluate_finds(here):
     }
     with pytest.raises(PlauditError, match="judge: name who decides, as a reward is named, or let people decide"):
         compare(settings())
+
+
+def test_where_nobody_can_compare_anything_that_is_said(here, capsys):
+    with answering(here / "out" / "answers.sqlite", rule=lambda prompt, answers: {"choice": "cant"}):
+        found = compare(settings(people=True)).summary
+    assert found["cannot_compare"] == found["answers"] > 0
+    assert (found["prompts"], "win_rate" in found) == (0, False)
+    assert "Nobody has decided anything." in capsys.readouterr().err
+
+
+def test_a_mistake_before_anything_is_asked_does_not_bind_the_folder(here):
+    for limit in (2, 3):
+        with pytest.raises(PlauditError, match=f"every prompt is longer than {limit} tokens"):
+            compare(settings(people=True, max_prompt_tokens=limit))
+
+
+def test_a_server_that_breaks_off_is_told_of_in_a_sentence():
+    def hear_and_hang_up():
+        with listener.accept()[0] as caller:
+            caller.recv(1000)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=hear_and_hang_up).start()
+        served = SimpleNamespace(url=f"http://127.0.0.1:{listener.getsockname()[1]}", manager_token="t")
+        served.join_url = served.people = None
+        with pytest.raises(PlauditError, match=r"the label server does not answer \(.+\); the same command starts it"):
+            Desk(served, None).post("/api/items", {})
 
 
 def label(item, person, ranks):

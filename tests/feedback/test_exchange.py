@@ -24,6 +24,8 @@ from plaudit.feedback.exchange import (
     take_in,
 )
 from plaudit.feedback.exporting import comparisons, in_words, rankings, ratings, rows_of
+from plaudit.feedback.gathering import gather
+from plaudit.feedback.habits import position
 from plaudit.feedback.items import Answer, Candidate, Item, Label
 from plaudit.feedback.store import Rules, Store
 from plaudit.records import Comparison, Demonstration, Ranking, Rating, load
@@ -158,6 +160,13 @@ def test_a_row_that_cannot_be_asked_is_refused_where_it_stands(tmp_path, row, ki
         read_items(written(tmp_path, {"prompt": "p", "completions": ["x", "y"]}, row), kind)
 
 
+def test_a_number_that_json_does_not_know_is_refused_where_it_stands(tmp_path):
+    with pytest.raises(PlauditError, match=r"rows.jsonl:1: holds NaN"):
+        read_items(written(tmp_path, {"prompt": "p", "completions": ["x", "y"], "score": float("nan")}))
+    with pytest.raises(PlauditError, match=r"rows.jsonl:1: holds NaN"):
+        read_labels(written(tmp_path, {**PAIR, "score": float("nan")}), by="ann")
+
+
 def test_a_file_with_nothing_to_judge_says_so(tmp_path):
     with pytest.raises(PlauditError, match="holds nothing to judge"):
         read_items(written(tmp_path, {"prompt": "p", "completions": ["same", "same"]}))
@@ -237,8 +246,10 @@ def label(**changes) -> dict:
         ([], "f.jsonl:1: must be an object"),
         (label(colour=1), "there is no field 'colour'"),
         (label(person=None), "a label needs `person`"),
+        (label(person="a\nb"), "`person`: holds control characters"),
         (label(person="x" * 81), "`person` must be a text of 1 to 80"),
         (label(order=[0, 0]), "`order` must hold each of the 2 candidates once"),
+        (label(item={**label()["item"], "columns": {"x": float("nan")}}), "item: holds NaN"),
         (label(order=[0, True]), "`order` must be a whole number"),
         (label(ms=-1), "`ms` must be a whole number"),
         (label(answered_at=1e12), "`answered_at` must be in seconds"),
@@ -386,6 +397,31 @@ def test_transcripts_are_those_of_hh_rlhf(study):
     odd = Item("compare", "p", SIDES, columns={"prompt": "another", "topic": "t"})
     (row,) = rows_of([said(Answer((1, 2)), item=odd)], "transcripts")
     assert list(row) == ["chosen", "rejected", "topic", "provenance"]
+
+
+def test_what_an_item_says_of_itself_never_stands_for_what_people_said(tmp_path):
+    columns = {
+        "score": 0.3,
+        "rating": 0.2,
+        "ratings": [0.1],
+        "label": False,
+        "chosen": "a",
+        "rejected": "b",
+        "topic": "t",
+    }
+    rate = Item("rate", "q", (Candidate("so so"),), columns=columns)
+    wanted = said(Answer(rating=1.0), item=rate)
+    for kind in ("thumbs", "ratings"):
+        path = written(tmp_path, *rows_of([wanted], kind), name=f"{kind}.jsonl")
+        (record,) = load(path, Rating).records
+        assert (record.ratings, record.columns["topic"]) == ((1.0,), "t")
+        assert read_labels(path) == [wanted]
+
+
+def test_labels_that_two_files_hold_count_once(study, tmp_path):
+    exported(study, "labels", "all.jsonl")
+    found = gather([study, tmp_path / "all.jsonl"])
+    assert [one.id for one in found] == [str(number) for number in range(1, 10)]
 
 
 def test_gold_items_repeats_and_old_labels_are_left_out_as_asked(study):
@@ -536,6 +572,10 @@ def test_records_from_anywhere_become_labels(tmp_path):
         ("ann", ["c"], 1.0),
         ("cleo", ["c"], 1.0),
     ]
+    # In what order they were shown nobody knows, and the order of the alphabet would pass for a bias.
+    assert {one.order for one in found} == {()}
+    assert position(found)["n"] == 0
+    assert [label_from_json(label_to_json(one), "here") for one in found] == found
     assert found[0].item.id == found[1].item.id  # two people judged one pair, whichever they preferred
     assert (found[0].answer.strength, found[0].item.columns) == (2, {"topic": "t"})
     assert (found[2].answer.strength, found[2].item.columns, models(found[2].item)) == (

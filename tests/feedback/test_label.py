@@ -83,6 +83,7 @@ def test_from_the_terminal_to_an_answer_and_on_again(tmp_path):
         ({"data": "c.jsonl", "policies": ("x",), "prompts": "p.jsonl"}, "not both"),
         ({"policies": ("x",)}, "go together"),
         ({"prompts": "p.jsonl"}, "go together"),
+        ({"policies": ("x", "y", "z"), "prompts": "p.jsonl", "kind": "compare"}, "3 are sampled to each prompt"),
         ({"data": "c.jsonl", "ratings": (7, 1)}, "ratings"),
         ({"data": "c.jsonl", "ratings": (0, 10)}, "ratings"),
         ({"data": "c.jsonl", "gold_share": 0.6, "repeat_share": 0.6}, "more than 1"),

@@ -20,8 +20,9 @@ from plaudit import asking, evaluate, loop_page, machine
 from plaudit import loop as looping
 from plaudit.cli import shipped
 from plaudit.errors import PlauditError
+from plaudit.feedback.annotator import Annotator
 from plaudit.feedback.store import Store
-from plaudit.loop_plan import questions, read
+from plaudit.loop_plan import Sections, questions, read
 from plaudit.records import Prompt
 from plaudit.rewards import load_function, load_rewards
 from plaudit.settings import Evaluate, Sample
@@ -218,6 +219,28 @@ def test_a_reward_model_that_is_right_often_enough_ends_the_loop(here, monkeypat
     assert not Path("out/round-003").exists()
 
 
+def test_prompts_that_are_too_long_leave_the_others_to_be_asked(here, monkeypatch):
+    """A single short one is drawn again and again."""
+    monkeypatch.setattr(looping.Looping, "_trained", lambda *_: {"seconds": 1.0})
+    prepare(here, rounds=1, policy={**LOOP["policy"], "max_prompt_tokens": 8})
+    prompts = ["say one", *(f"say something longer than {word}" for word in WORDS)]
+    tiny.lines(here / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    looping.run("loop.yaml")
+    asked = lines("out/round-001/ask.jsonl")
+    assert len(asked) == 16
+    assert {row["prompt"] for row in asked} == {"say one"}
+
+
+@pytest.mark.timeout(60)
+def test_whatever_the_program_fails_with_that_answers_ends_the_loop(here, monkeypatch):
+    def broken(self):
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(Annotator, "turn", broken)
+    with pytest.raises(RuntimeError, match="out of order"):
+        looping.run("loop.yaml")
+
+
 @pytest.mark.slow
 def test_with_a_hidden_reward_the_policy_s_true_reward_rises(here):
     """Letters are liked; nothing but comparisons says so."""
@@ -272,7 +295,11 @@ def file(here, **changes):
         ({"synthetic": {"rewards": "count:e", "url": "x"}}, "synthetic: `url` is the loop's to decide: leave it out."),
         ({"synthetic": {"rewards": "gone.py:taste"}}, "reward 'gone.py:taste': there is no file 'gone.py'."),
         ({"people": ["anna"], "overlap": 2}, "overlap: 2 people are to answer, but fewer are named."),
-        ({"rounds": 20}, "labels: round 2 of 20 would ask nothing: raise labels."),
+        ({"rounds": 20}, "labels: round 2 of 20 would ask nothing: raise labels, or lower first or rounds."),
+        (
+            {"target": 0.9, "reward": {"holdout": 0.0}},
+            "loop.yaml: target: no answer is held out to be foreseen: raise `holdout` in `reward`.",
+        ),
         ({"policy": {"verb": "rloo", "lora_rank": 2}}, "reference: an adapter is held to the policy that its round"),
         ({"policy": {"verb": "rloo", "rollout": 6, "batch_size": 4}}, r"batch_size (4) must divide rollout (6)."),
         ({"prompts": "gone.jsonl"}, "data: there is no file 'gone.jsonl'."),
@@ -294,10 +321,19 @@ def test_overrides_reach_the_loop_and_its_sections_and_files_are_found_beside_it
         read(file(here), ["policy.x.y"])
     with pytest.raises(PlauditError, match=r"'rward.steps=2' is no override: .* a section being queries, reward"):
         read(file(here), ["rward.steps=2"])
+    with pytest.raises(PlauditError, match=r"policy: is 'ppo', but must be a mapping of its settings\."):
+        read(file(here, policy="ppo"), ["policy.steps=2"])
+    file(here)
     (here / "below").mkdir()
     monkeypatch.chdir(here / "below")
     moved = read("../loop.yaml")
     assert (moved.prompts, moved.synthetic["rewards"]) == ("../prompts.jsonl", "../taste.py:taste")
+
+
+def test_what_holds_for_the_loop_holds_for_the_program_that_answers(here):
+    assert Sections.of(read(file(here))).synthetic.precision == "float32"
+    apart = read(file(here), ["synthetic.precision=auto", "threads=1"])
+    assert (Sections.of(apart).synthetic.precision, Sections.of(apart).synthetic.threads) == ("auto", 1)
 
 
 def test_the_shipped_recipe_is_sound_wherever_it_is_started_from():
@@ -364,10 +400,9 @@ def same(whole: Path, broken: Path) -> None:
     assert weights(broken) == weights(whole)
 
 
-def test_killed_in_every_part_it_ends_with_the_bits_of_one_that_was_not(whole, tmp_path):
+def test_killed_between_two_reward_models_it_ends_with_the_bits_of_one_that_was_not(whole, tmp_path):
     broken = prepare(tmp_path)
-    moments = ["answering:3", "step:1", "step:4"]
-    assert killed(broken, *moments) == [-9] * len(moments) + [0]
+    assert killed(broken, "step:3") == [-9, 0]
     survived(broken, 2)
     same(whole, broken)
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from plaudit.errors import PlauditError
 from plaudit.feedback import schema
-from plaudit.feedback.items import Answer, Candidate, Item
+from plaudit.feedback.items import Answer, Candidate, Item, Label, read_answer
 from plaudit.feedback.store import Conflict, Rules, Store, StoreFull
 
 ONE = Rules()
@@ -206,6 +206,20 @@ def test_the_same_seed_draws_the_same_gold_items(tmp_path):
 # ------------------------------------------------------------------------------------------------ answering
 
 
+@pytest.mark.parametrize(
+    ("kind", "given", "problem"),
+    [
+        ("rank", {"tiers": [1, 2**62]}, "none is left out between"),
+        ("rank", {"tiers": [0, 1]}, "none is left out between"),
+        ("rate", {"rating": 10**400}, "needs a number"),
+        ("rate", {"rating": float("nan")}, "needs a number"),
+    ],
+)
+def test_numbers_of_any_size_are_refused_in_a_sentence(kind, given, problem):
+    with pytest.raises(PlauditError, match=problem):
+        read_answer(kind, 2, given)
+
+
 def test_a_key_counts_once_and_for_one_request(path):
     with study(path, [pair(1), pair(2)]) as store:
         (first, second) = store.next("ann", 2, ONE, 0.0)
@@ -247,6 +261,7 @@ def test_undo_takes_back_the_last_answer_and_asks_again_as_before(path):
     [
         (Answer((1, 2, 3)), "3 ranks do not fit 2 candidates"),
         (Answer((1, 3)), "leave none out"),
+        (Answer((1, 2**62)), "leave none out"),
         (Answer(rating=3.0), "rating does not fit"),
         (Answer((1, 1), strength=1), "nothing was found better"),
         (Answer((1, 2), note="\ud800"), "surrogate"),
@@ -541,6 +556,39 @@ def test_one_writes_and_others_read_meanwhile(path):
                 change()
     with Store.open(path) as store:  # the hold ends with the writer
         assert len(store.labels()) == 2
+
+
+def test_a_link_to_a_store_is_the_same_store(path):
+    link = path.with_name("link.db")
+    link.symlink_to(path)
+    with Store.open(link) as store:
+        store.add([pair(1)])
+        with pytest.raises(PlauditError, match="another process writes to this store"):
+            Store.open(path)
+    with Store.read(path) as reader:
+        assert len(reader.items()) == 1
+
+
+def test_what_was_imported_is_repeated_whole_and_neither_undone_nor_an_answer_of_late(path):
+    labels = [Label(str(n), pair(n), "ann", FIRST, (), 0.0, 0.0, 0) for n in range(5)]
+    with study(path, [pair(9)]) as store:
+        store.take(labels)
+        assert store.undo("ann", key="u", now=1e9) is None
+        assert store.labels() == labels
+        (again,) = store.next("ann", 1, Rules(repeat_share=1.0), 1e9)
+        assert (again.repeat, sorted(again.order)) == (1, [0, 1])
+        store.answer(again.id, "ann", FIRST, key="k", ms=5, now=1e9 + 30)
+        assert [store.progress(name, ONE, 1e9 + 30).per_minute for name in ("ann", None)] == [2, 2]
+        assert store.undo("ann", key="v", now=1e9 + 40)[0].id == again.id
+        assert store.labels() == labels
+
+
+def test_numbers_that_json_does_not_know_never_reach_the_questions(path):
+    with study(path, [pair(1)]) as store:
+        for value in (float("nan"), float("inf")):
+            with pytest.raises(PlauditError, match="item 1: holds NaN or an infinite number"):
+                store.add([pair(2, columns={"reward": value})], priority=1)
+        assert asked(store, "ann", 2) == ["prompt 1"]
 
 
 def test_a_store_can_be_read_after_its_writer_has_gone(path):

@@ -13,7 +13,7 @@ from typing import Any
 from plaudit.feedback.items import Candidate, Item
 
 PAUSE = 5
-"""A repeat comes after at least so many other answers, when its first answer is no longer before one's eyes."""
+"""A repeat is a person's fifth answer after the first one at the earliest, which is no longer before one's eyes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +63,11 @@ _HELD = f"""
   ORDER BY a.skipped, a.number LIMIT :count
 """
 
+COUNT = "json_array_length(i.body, '$.candidates')"
+"""How many candidates an item has."""
+
 _NEW = f"""
-  SELECT i.number, json_array_length(i.body, '$.candidates') FROM item AS i INDEXED BY item_choice
+  SELECT i.number, {COUNT} FROM item AS i INDEXED BY item_choice
   WHERE i.gold = :gold AND i.answers < :overlap AND {FREE}
     AND NOT EXISTS (SELECT 1 FROM assignment AS own WHERE own.item = i.number AND own.person = :person)
   ORDER BY i.priority DESC, i.answers DESC, i.number LIMIT 1
@@ -78,7 +81,8 @@ _SKIPPED = f"""
 """
 
 _REPEATABLE = """
-  FROM assignment AS a WHERE a.person = :person AND a.repeat = 0
+  FROM assignment AS a JOIN item AS i ON i.number = a.item
+  WHERE a.person = :person AND a.repeat = 0
     AND a.answered <= (
       SELECT answered FROM assignment WHERE person = :person AND answered IS NOT NULL
       ORDER BY answered DESC LIMIT 1 OFFSET :pause - 1
@@ -133,7 +137,7 @@ def _draw(db: sqlite3.Connection, person: int, rules: Rules, now: float) -> int 
         (choices,) = db.execute(f"SELECT count(*) {_REPEATABLE}", values).fetchone()
         if choices:
             values["place"] = chance.randrange(choices)
-            query = f"SELECT a.item, json_array_length(a.shown) {_REPEATABLE} ORDER BY a.answered LIMIT 1 OFFSET :place"
+            query = f"SELECT i.number, {COUNT} {_REPEATABLE} ORDER BY a.answered LIMIT 1 OFFSET :place"
             return _assign(db, db.execute(query, values).fetchone(), person, 1, None, rules, now)
     values |= {"overlap": rules.overlap, "gold": 0}
     found = db.execute(_NEW, values).fetchone()

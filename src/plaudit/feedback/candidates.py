@@ -156,6 +156,7 @@ def _chunks(found: list[tuple[Row, Candidate]], size: int) -> Iterator[list[tupl
 def _checked(row: Row, item: Item) -> Item:
     """The item, with its gold answer if the row has one."""
     check_item(item, row.where)
+    dumped(row.values, row.where)
     if len({type(candidate.text) for candidate in item.candidates}) > 1:
         raise PlauditError(f"{row.where}: completions must be all texts or all lists of messages.")
     gold = row.values.get("gold")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 from plaudit.errors import PlauditError
@@ -67,8 +67,9 @@ class Desk:
             with error:
                 said = json.load(error).get("error", error.reason)
             raise PlauditError(f"the label server refused {place}: {said}") from None
-        except URLError as error:
-            sentence = f"the label server does not answer ({error.reason}); the same command starts it again."
+        except OSError as error:  # a reply that breaks off or never comes is no URLError
+            reason = getattr(error, "reason", error)
+            sentence = f"the label server does not answer ({reason}); the same command starts it again."
             raise PlauditError(sentence) from None
 
     def ask(self, items: Sequence[Item], priority: int = 0) -> None:

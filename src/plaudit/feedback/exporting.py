@@ -29,13 +29,15 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "transcripts": ("chosen", "rejected"),
 }
 """The columns of each kind; an item's own column of such a name is kept in `provenance`."""
+TELLING = ("chosen", "rejected", "completions", "ranking", "completion", "ratings", "rating", "score", "label")
+"""Columns that say what a row is: an item's own, beside what people said, would be read in its place."""
 
 
 def provenance(item: Item, labels: Iterable[Label], kind: str, **more: Any) -> dict[str, Any]:
     """All that a row of `kind` has no column for: who judged, when, in which order shown, why it was asked, and where
     each candidate comes from, in the item's order."""
     asked = item_to_json(item)
-    clashing = {name: value for name, value in item.columns.items() if name in (*FIELDS[kind], "provenance")}
+    clashing = {name: value for name, value in item.columns.items() if _clashes(name, kind)}
     fields = {
         "kind": item.kind,
         "sources": [candidate.get("source", {}) for candidate in asked["candidates"]],
@@ -49,8 +51,12 @@ def provenance(item: Item, labels: Iterable[Label], kind: str, **more: Any) -> d
 
 
 def _columns(item: Item, labels: Iterable[Label], kind: str, **more: Any) -> dict[str, Any]:
-    own = {name: value for name, value in item.columns.items() if name != "provenance"}
+    own = {name: value for name, value in item.columns.items() if not _clashes(name, kind)}
     return {**own, "provenance": provenance(item, labels, kind, **more)}
+
+
+def _clashes(name: str, kind: str) -> bool:
+    return name in (*FIELDS[kind], *TELLING, "provenance")
 
 
 # ------------------------------------------------------------------------------------------------ records
@@ -145,13 +151,12 @@ def _thumb_rows(labels: Iterable[Label]) -> list[dict[str, Any]]:
             advice = "export the kind `ratings`"
             raise PlauditError(f"label {label.id}: is a rating of {label.answer.rating:g} and no thumb; {advice}.")
         (candidate,) = label.item.candidates
-        columns = _columns(label.item, [label], "thumbs")
         fields: dict[str, Any] = {
             "prompt": label.item.prompt,
             "completion": candidate.text,
             "label": label.answer.rating == 1,
         }
-        rows.append(fields | {name: value for name, value in columns.items() if name not in fields})
+        rows.append(fields | _columns(label.item, [label], "thumbs"))
     return rows
 
 
@@ -163,9 +168,7 @@ def _transcript_rows(labels: Iterable[Label]) -> list[dict[str, Any]]:
         fields = {
             name: beginning + _said(text) for name, text in (("chosen", pair.chosen), ("rejected", pair.rejected))
         }
-        # A prompt beside them would be taken for a part that they lack.
-        own = FIELDS["comparisons"]
-        rows.append(fields | {name: value for name, value in pair.columns.items() if name not in own})
+        rows.append(fields | dict(pair.columns))
     return rows
 
 

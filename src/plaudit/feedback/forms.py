@@ -10,7 +10,7 @@ from typing import Any
 
 from plaudit.config import plain
 from plaudit.errors import PlauditError
-from plaudit.feedback.items import KINDS, LONGEST_NOTE, STRENGTHS, Answer, Candidate, Item, Label, check_item
+from plaudit.feedback.items import KINDS, LONGEST_NOTE, STRENGTHS, Answer, Candidate, Item, Label, check_item, dense
 from plaudit.rows import Row, kind_of
 
 LONGEST_NAME = 80
@@ -21,12 +21,15 @@ MOST_MS = 2**53
 
 
 def dumped(value: Any, where: str) -> str:
-    """`value` as one line of JSON. Raises PlauditError for text that UTF-8 has no form for."""
-    text = json.dumps(plain(value), ensure_ascii=False)
+    """`value` as one line of JSON. Raises PlauditError for what JSON or UTF-8 has no form for."""
     try:
+        text = json.dumps(plain(value), ensure_ascii=False, allow_nan=False)
         text.encode()
     except UnicodeEncodeError:
         raise PlauditError(f"{where}: holds half of a surrogate pair, which is no text.") from None
+    except ValueError:
+        # SQLite before 3.42 reads no more of an item with one.
+        raise PlauditError(f"{where}: holds NaN or an infinite number, which JSON does not know; use null.") from None
     return text
 
 
@@ -42,7 +45,7 @@ def check_answer(item: Item, answer: Answer, where: str) -> None:
         raise PlauditError(f"{where}: a rating does not fit an item to {item.kind}.")
     elif answer.ranks is not None and len(answer.ranks) != count:
         raise PlauditError(f"{where}: {len(answer.ranks)} ranks do not fit {count} candidates.")
-    elif answer.ranks is not None and set(answer.ranks) != set(range(1, max(answer.ranks) + 1)):
+    elif answer.ranks is not None and not dense(answer.ranks):
         raise PlauditError(f"{where}: ranks start at 1 (the best) and leave none out, unlike {list(answer.ranks)}.")
     _check_strength(answer, where)
 
@@ -56,17 +59,18 @@ def _check_strength(answer: Answer, where: str) -> None:
         raise PlauditError(f"{where}: has a strength, but nothing was found better.")
 
 
-def checked_name(name: str) -> str:
+def checked_name(name: str, where: str = "name") -> str:
     """A person's name without spaces around it, its letters in one spelling (NFC).
 
-    Raises PlauditError if nothing is left, it is over 80 characters, or it holds characters that steer or hide.
+    Raises PlauditError, naming `where`, if nothing is left, it is over 80 characters, or it holds characters that steer
+    or hide.
     """
     name = unicodedata.normalize("NFC", name).strip()
     if not 1 <= len(name) <= LONGEST_NAME:
-        raise PlauditError(f"name: has 1 to {LONGEST_NAME} characters, not {len(name)}.")
+        raise PlauditError(f"{where}: has 1 to {LONGEST_NAME} characters, not {len(name)}.")
     # Joiners shape letters in several scripts and emoji; all else of these kinds could pass one name off as another.
     if any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\u200c\u200d" for c in name):
-        raise PlauditError("name: holds control characters; write it without them.")
+        raise PlauditError(f"{where}: holds control characters; write it without them.")
     return name
 
 
@@ -177,14 +181,14 @@ def label_from_json(value: Any, where: str) -> Label:
     item = item_from_json(row.values["item"], f"{where}, item")
     answer = answer_from_json(row.values["answer"], f"{where}, answer")
     check_answer(item, answer, f"{where}, answer")
-    order = _whole_numbers(row, "order")
-    if sorted(order) != list(range(len(item.candidates))):
+    order = _whole_numbers(row, "order") if row.values["order"] != [] else ()
+    if order and sorted(order) != list(range(len(item.candidates))):
         raise row.error("order", f"must hold each of the {len(item.candidates)} candidates once, counted from 0")
     dumped(row.values, where)
     return Label(
         row.values["id"],
         item,
-        row.values["person"],
+        checked_name(row.values["person"], f"{where}: `person`"),
         answer,
         order,
         _time(row, "shown_at"),

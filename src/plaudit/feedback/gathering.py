@@ -26,12 +26,13 @@ def gather(paths: Sequence[str | Path]) -> list[Label]:
     A row of a file is a label as `plaudit export --kind labels` writes it, or a pair in the manner of PandaLM
     (arXiv:2306.05087): `response1` and `response2`, `annotator1`, `annotator2` ... with 1, 2 or 0 for a tie (null where
     that person did not answer), `prompt` or `instruction` and `input`, and the models' names in `cmp_key` as "a_b".
-    The order shown and the time are not known of such a pair.
+    The order shown and the time are not known of such a pair. What is in several of them, by its id, counts once.
     """
-    labels: list[Label] = []
+    labels: dict[str, Label] = {}
     for path in map(Path, paths):
-        labels += _stored(path) if _is_store(path) else _read(path)
-    return labels
+        for label in _stored(path) if _is_store(path) else _read(path):
+            labels.setdefault(label.id, label)
+    return list(labels.values())
 
 
 def _is_store(path: Path) -> bool:

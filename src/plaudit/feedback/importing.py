@@ -22,7 +22,8 @@ def read_labels(paths: str | Path | Sequence[str | Path], by: str = "") -> list[
 
     Rows of kind `labels`, and comparisons, rankings and ratings with the `provenance` that an export gave them, become
     what they were. Other such records are labels by the `person` their row names, or else by `by`; their candidates
-    are put in an order that does not depend on which was preferred. Raises PlauditError, naming file, line and column.
+    are put in an order that does not depend on which was preferred, and the order shown is unknown. Raises
+    PlauditError, naming file, line and column.
     """
     labels: list[Label] = []
     pieces: dict[str, _Piece] = {}
@@ -170,16 +171,14 @@ def _label(
 ) -> Label:
     """A label of which no more is known than who judged what how. Reading the same again gives it the same id."""
     columns = dict(columns)
+    dumped(columns, where)
     person = columns.pop("person", None) or by
     if not isinstance(person, str) or not person:
         raise PlauditError(f"{where}: does not say in `person` who judged; name somebody with --by.")
-    try:
-        person = checked_name(person)
-    except PlauditError as error:
-        raise PlauditError(f"{where}: {error}") from None
+    person = checked_name(person, f"{where}: name")
     sources = sources_of(Row(where, columns, ()), len(texts))
     columns = {name: value for name, value in columns.items() if name not in SOURCES}
-    # `chosen` comes first in every data set: kept so, agreement and the share of first places would mean nothing.
+    # `chosen` comes first in every data set: kept so, agreement would mean nothing.
     order = sorted(range(len(texts)), key=lambda place: dumped(texts[place], where))
     candidates = tuple(Candidate(texts[place], sources[place]) for place in order)
     item = Item(kind, prompt, candidates, columns=columns)
@@ -187,4 +186,4 @@ def _label(
     answer = answer.reordered(order)
     said = dumped([item.id, person, answer_to_json(answer)], where)
     name = hashlib.sha256(said.encode()).hexdigest()[:16]
-    return Label(name, item, person, answer, tuple(range(len(texts))), 0.0, 0.0, 0)
+    return Label(name, item, person, answer, (), 0.0, 0.0, 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -89,9 +89,9 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """An answer that stands (not undone). `order[i]` is the candidate that was shown at place i; times are seconds
-    since 1970 (UTC); `ms` is the time it took to answer; `repeat` counts earlier times this person was asked the
-    same."""
+    """An answer that stands (not undone). `order[i]` is the candidate that was shown at place i, and empty where
+    that is not known; times are seconds since 1970 (UTC); `ms` is the time it took to answer; `repeat` counts earlier
+    times this person was asked the same."""
 
     id: str
     item: Item
@@ -136,7 +136,7 @@ def _judged(kind: Kind, count: int, given: Mapping[str, Any]) -> tuple[tuple[int
         if given.get("thumb") in ("up", "down"):
             return None, float(given["thumb"] == "up")
         rating = given.get("rating")
-        if isinstance(rating, bool) or not isinstance(rating, int | float) or not math.isfinite(rating):
+        if isinstance(rating, bool) or not isinstance(rating, int | float) or not abs(rating) <= sys.float_info.max:
             raise PlauditError("rating: an answer to this needs a number, or a thumb that is up or down.")
         return None, float(rating)
     choice = given.get("choice")
@@ -149,9 +149,14 @@ def _judged(kind: Kind, count: int, given: Mapping[str, Any]) -> tuple[tuple[int
     tiers = given.get("tiers")
     if not isinstance(tiers, list) or len(tiers) != count or not all(type(tier) is int for tier in tiers):
         raise PlauditError(f"tiers: an answer to this is a list of {count} whole numbers, or the choice cant.")
-    if set(tiers) != set(range(1, max(tiers) + 1)):
+    if not dense(tiers):
         raise PlauditError("tiers: the best has 1, the next 2, and none is left out between.")
     return tuple(tiers), None
+
+
+def dense(ranks: Sequence[int]) -> bool:
+    """Whether ranks start at 1 and leave none out between; however large they are, without counting up to them."""
+    return sorted(set(ranks)) == list(range(1, len(set(ranks)) + 1))
 
 
 def check_item(item: Item, where: str) -> None:

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plaudit.feedback.items import Item, Kind, Label
+from plaudit.statistics import CELLS
 
 Array = NDArray[np.float64]
 Whole = NDArray[np.int64]
-CELLS = 4_000_000  # of a temporary array, so that memory stays bounded however many items there are
 MOST_LEVELS = 10
 """Ratings of more distinct values than this are a scale, of which a kappa says nothing."""
 FIRST, EQUAL, SECOND = 0, 1, 2

@@ -12,6 +12,9 @@ from plaudit.feedback.assigning import FREE, Assignment
 from plaudit.feedback.forms import MOST_MS, answer_to_json, check_answer, checked_name, dumped, item_to_json
 from plaudit.feedback.items import Answer, Item, Label, check_item
 
+IMPORTED = "instr(e.key, char(10)) > 0"
+"""Of an event `e` that came from elsewhere: no client's key holds a new line."""
+
 
 class Conflict(PlauditError):
     """Somebody, or the same person elsewhere, was first."""
@@ -122,5 +125,4 @@ def take(db: sqlite3.Connection, label: Label) -> None:
         (secrets.token_hex(8), item, who, repeat, json.dumps(label.order), label.shown_at),
     ).fetchone()
     body = dumped(answer_to_json(label.answer), where)
-    # No client's key: those are printable.
     event(db, f"imported\n{label.id}", "answer", number, label.answered_at, id=label.id, answer=body, ms=label.ms)

@@ -118,11 +118,12 @@ def check_file(path: Path) -> bool:
 
 def connect(path: Path, write: bool) -> sqlite3.Connection:
     """A connection to a file that `check_file` has seen. Raises PlauditError if it is damaged, newer or unreachable."""
-    if write and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.resolve()
+    if write and not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
         # What people wrote is theirs: only the owner may read it. SQLite gives its other files the same mode.
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-    address = path.resolve().as_uri() + f"?mode={'rw' if write else 'ro'}"
+        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+    address = file.as_uri() + f"?mode={'rw' if write else 'ro'}"
     try:
         db = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False, timeout=10)
     except sqlite3.OperationalError as error:
@@ -172,9 +173,10 @@ def _prepare(db: sqlite3.Connection) -> None:
 
 def hold(path: Path) -> int:
     """The hold on a store, which the system frees when the process ends, however it ends."""
+    file = path.resolve()  # one file has one hold, by whatever link it is named
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(file.with_name(file.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise PlauditError(f"{path}: cannot be written ({error.strerror}); name another file.") from None
     try:

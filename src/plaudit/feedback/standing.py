@@ -11,6 +11,7 @@ from typing import Any
 from plaudit.feedback.assigning import Assignment, Rules
 from plaudit.feedback.forms import answer_from_json, item_from_json
 from plaudit.feedback.items import Item, Label
+from plaudit.feedback.recording import IMPORTED
 
 LATELY = 50
 """The rate of answering is that of so many last answers."""
@@ -96,12 +97,13 @@ def progress(db: sqlite3.Connection, person: int | None, rules: Rules, now: floa
 
 
 def _rate(db: sqlite3.Connection, person: int | None, now: float) -> float:
-    """Answers a minute, of one person or all: the last few, since the first of them was shown."""
+    """Answers a minute, of one person or all: the last few, since the first of them was shown; imported ones, of
+    whatever time, are no answers of late."""
     whose = "" if person is None else "AND a.person = :person"
     count, start = db.execute(
-        "SELECT count(*), min(since) FROM (SELECT min(a.shown_at, e.at) AS since FROM assignment AS a"
-        f" JOIN event AS e ON e.number = a.answered WHERE a.answered IS NOT NULL {whose}"
-        " ORDER BY a.answered DESC LIMIT :lately)",
+        f"SELECT count(*), min(since) FROM (SELECT min(a.shown_at, e.at) AS since, {IMPORTED} AS imported"
+        f" FROM assignment AS a JOIN event AS e ON e.number = a.answered WHERE a.answered IS NOT NULL {whose}"
+        " ORDER BY a.answered DESC LIMIT :lately) WHERE NOT imported",
         {"person": person, "lately": LATELY},
     ).fetchone()
     return 60 * count / max(now - start, 1.0) if count else 0.0

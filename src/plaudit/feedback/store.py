@@ -219,13 +219,13 @@ class Store:
     ) -> tuple[Assignment, Answer] | None:
         """Takes back this person's last answer that stands, and leases its item again; None if there is none.
 
-        The answer comes back in the order shown; the same `key` takes back nothing more.
+        The answer comes back in the order shown; the same `key` takes back nothing more. What was imported stays.
         """
         with self._change() as db:
             if not recording.seen(db, key, person, "undo", None):
                 last = db.execute(
-                    "SELECT number, answered FROM assignment WHERE person = ? AND answered IS NOT NULL"
-                    " ORDER BY answered DESC LIMIT 1",
+                    "SELECT a.number, a.answered FROM assignment AS a JOIN event AS e ON e.number = a.answered"
+                    f" WHERE a.person = ? AND NOT {recording.IMPORTED} ORDER BY a.answered DESC LIMIT 1",
                     (recording.person(db, person),),
                 ).fetchone()
                 if last is None:

@@ -163,6 +163,9 @@ class Label(Sampling, Machine):
             raise ValueError("`policies` and `prompts` go together: what is sampled, and from what.")
         if self.policies and self.kind == "rate":
             raise ValueError("`kind` rate needs `data`; `plaudit sample` writes a file that can be rated.")
+        answers = len(self.policies) if len(self.policies) > 1 else self.several
+        if self.policies and self.kind == "compare" and answers != 2:
+            raise ValueError(f"`kind` compare is of two answers, and {answers} are sampled to each prompt: take rank.")
         lowest, highest = self.ratings
         if not 0 <= lowest < highest <= 10 or highest - lowest > 9:
             raise ValueError("`ratings` are at most ten whole numbers from 0 to 10, the lowest first: each has a key.")

@@ -20,8 +20,9 @@ let page = 1, pages = 1, about = {}, look = {}, seen = "";
 
 function figure({ value, low, high, why }) {
   if (value === null || value === undefined) return [make("b", {}, "–"), make("small", {}, why || "")];
-  const interval = low === null || low === undefined ? "" : `${low.toFixed(2)} to ${high.toFixed(2)}`;
-  return [make("b", {}, value.toFixed(2)), make("small", {}, interval)];
+  const shown = number => number.toFixed(2).replace("-", "−");
+  const interval = low === null || low === undefined ? "" : `${shown(low)} to ${shown(high)}`;
+  return [make("b", {}, shown(value)), make("small", {}, interval)];
 }
 
 function paintPeople() {
@@ -94,7 +95,7 @@ function paint() {
   const { done, left, per_minute: pace } = look.progress;
   document.title = `${look.title} · review`;
   $("title").textContent = look.title;
-  const people = Object.keys(look.people).length;
+  const people = Object.values(look.people).filter(Boolean).length;
   $("headline").textContent = `${plural(done, "answer")} from ${people === 1 ? "1 person" : `${people} people`}`;
   const facts = [["Still to answer", left], ["Answers a minute", pace ? pace.toFixed(1) : "–"],
     ["Time left", left && pace ? `about ${Math.ceil(left / pace)} min` : "–"]];
