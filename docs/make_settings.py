@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from plaudit.settings import VERBS
+from plaudit.settings.feedback import Loop
 
 PAGE = Path(__file__).with_name("settings.md")
 OPENING = """\
@@ -40,6 +42,8 @@ def kind(hint: Any) -> str:
         return " or ".join(f"`{value}`" for value in get_args(hint))
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(map(kind, get_args(hint)))
+    if get_origin(hint) is Mapping:
+        return "section"
     if get_origin(hint) is tuple:
         return f"list of {kind(get_args(hint)[0])}s"
     return WORDS[hint]
@@ -62,7 +66,8 @@ def section(verb: str, cls: type) -> str:
     rows = ["| setting | takes | default | meaning |", "|---|---|---|---|"]
     order = sorted(fields(cls), key=lambda field: (field.default is not MISSING, field.name not in cls.__annotations__))
     for field in order:
-        default = "required" if field.default is MISSING else f"`{shown(field.default)}`"
+        optional = field.default if field.default_factory is MISSING else field.default_factory()
+        default = "required" if optional is MISSING else f"`{shown(optional)}`"
         rows.append(f"| `{field.name}` | {kind(hints[field.name])} | {default} | {said[field.name]} |")
     return f"\n## {verb}\n\n{inspect.getdoc(cls)}\n\n" + "\n".join(rows) + "\n"
 
@@ -76,7 +81,7 @@ def shown(default: Any) -> str:
 
 def page() -> str:
     """The whole page."""
-    return OPENING + "".join(section(verb, cls) for verb, cls in VERBS.items())
+    return OPENING + "".join(section(verb, cls) for verb, cls in {**VERBS, "loop": Loop}.items())
 
 
 if __name__ == "__main__":

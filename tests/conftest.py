@@ -25,6 +25,21 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _frozen() -> None:
+    """What the libraries made while they were loaded stays to the end: no collection of garbage need look at it, and
+    every stage of a run ends with one."""
+    import gc
+
+    import peft  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    from plaudit import inference, recipes  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory):
     """What plaudit remembers of this machine stays out of the user's cache. Slow tests find what was pulled there."""

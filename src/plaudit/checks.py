@@ -236,6 +236,16 @@ def check_learning_from_samples(settings: OnPolicy) -> None:
         )
 
 
+def check_reference(reference: str, lora_rank: int) -> None:
+    """Raises PlauditError for a reference that is no model, or that an adapter cannot have."""
+    if reference and lora_rank:
+        raise PlauditError(
+            "reference: an adapter is held to the model that it was put on: leave reference out, or lora_rank."
+        )
+    if reference:
+        check_model(reference)
+
+
 def check_processes(batch_size: int, processes: int) -> None:
     """Raises PlauditError unless every process has a row of each batch."""
     if batch_size < processes:

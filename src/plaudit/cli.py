@@ -6,18 +6,21 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from plaudit.errors import PlauditError
 
 _OTHERS = {
+    "loop": "Rounds of asking people, fitting a reward model and improving the policy.",
     "run": "A file of stages; what is done is not done again.",
     "quickstart": "The whole loop on a small model and real human ratings.",
     "explain": "What a run would do: batches, memory, one example with its mask.",
     "report": "One HTML page of a run or a pipeline.",
 }
 _USAGES = {
+    "loop": "usage: plaudit loop FILE [field=value ...]",
     "run": "usage: plaudit run FILE [output=FOLDER] [stage.field=value ...]",
     "quickstart": "usage: plaudit quickstart [output=FOLDER] [stage.field=value ...]",
     "report": "usage: plaudit report FOLDER",
@@ -104,6 +107,8 @@ def _be_quiet() -> None:
 
 
 def _run(verb: str, words: list[str]) -> None:
+    from plaudit.settings import FAMILIES
+
     if verb in _USAGES and words[:1] in (["-h"], ["--help"]):
         print(_USAGES[verb])
     elif verb == "explain":
@@ -115,9 +120,21 @@ def _run(verb: str, words: list[str]) -> None:
     elif verb in _USAGES:
         _file_verb(verb, words)
     else:
-        if verb == "pull" and words and not words[0].startswith("-"):
-            words = ["--names", *words]
-        _do(verb, _settings(verb, words, "plaudit"))
+        settings = _settings(verb, _named(verb, words), "plaudit")
+        if verb in FAMILIES["People"]:
+            _with_people(verb, settings)
+        else:
+            _do(verb, settings)
+
+
+def _named(verb: str, words: list[str]) -> list[str]:
+    """`pull NAME ...` and `compare A B` need no flags for what comes first."""
+    first = list(takewhile(lambda word: not word.startswith("-"), words))
+    if verb == "pull" and first:
+        return ["--names", *words]
+    if verb == "compare" and len(first) == 2:
+        return ["--a", first[0], "--b", first[1], *words[2:]]
+    return words
 
 
 def _settings(verb: str, words: list[str], prog: str) -> Any:
@@ -158,6 +175,27 @@ def _do(verb: str, settings: Any) -> None:
         print(train(settings).folder)
 
 
+def _with_people(verb: str, settings: Any) -> None:
+    """The verbs of asking people, which load no torch unless a policy or a reward model has to answer."""
+    if verb == "label":
+        from plaudit.labelling import label
+
+        label(settings)
+    elif verb == "compare":
+        from plaudit.versus import compare
+
+        print(compare(settings).folder)
+    elif verb in ("agreement", "annotate"):
+        from plaudit import people
+
+        found = people.agreement(settings) if verb == "agreement" else sum(people.annotate(settings))
+        print(found if verb == "agreement" else f"{found} answers")
+    else:
+        from plaudit.feedback import exchange
+
+        print(exchange.export(settings) if verb == "export" else f"{exchange.take_in(settings)} new labels")
+
+
 def _file_verb(verb: str, words: list[str]) -> None:
     if verb == "report":
         if len(words) != 1:
@@ -168,8 +206,13 @@ def _file_verb(verb: str, words: list[str]) -> None:
         return
     from plaudit import pipeline
 
-    if verb == "run" and not words:
-        raise PlauditError("give a pipeline file: plaudit run FILE")
+    if verb in ("run", "loop") and not words:
+        raise PlauditError(f"give a file: plaudit {verb} FILE")
+    if verb == "loop":
+        from plaudit import loop
+
+        print(loop.run(words[0], words[1:]))
+        return
     file, overrides = (words[0], words[1:]) if verb == "run" else (shipped("quickstart.yaml"), words)
     print(pipeline.run(file, overrides))
 

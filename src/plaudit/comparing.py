@@ -13,6 +13,8 @@ from torch import Tensor
 from plaudit import statistics
 from plaudit.algorithms.on_policy import Asked
 from plaudit.batch import Batch, collate
+from plaudit.checks import has_action_heads
+from plaudit.loading import encodes, load_policy, load_tokenizer
 from plaudit.policy import Policy
 from plaudit.sampler import LocalSampler, Sampling
 from plaudit.templates import Template
@@ -42,6 +44,15 @@ class Answers:
             "perplexity": math.exp(float(-self.reference.sum() / max(sum(self.tokens), 1))),
             "completion_tokens": sum(self.tokens) / len(self.tokens),
         }
+
+
+def load(model: str, world: World, temperature: float, guidance: float = 0.0) -> tuple[Policy, Template]:
+    """A policy as it is to be sampled from; `guidance` matters to those that can be guided. Raises PlauditError."""
+    heads = guidance > 0 and has_action_heads(model)
+    policy = load_policy(model, precision=world.precision, action_heads=heads, learns=False).to(world.device)
+    policy.temperature = temperature
+    policy.guidance = guidance if heads else 0.0
+    return policy, Template(load_tokenizer(model), encodes(model))
 
 
 def total_logprobs(policy: Policy, batch: Batch, world: World, tokens: int) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from plaudit import data, pairing
+from plaudit import data, pairing, sources
 from plaudit.errors import PlauditError
 from plaudit.records import Comparison, Demonstration, Prompt, Ranking, Rating
 from plaudit.run import Run
@@ -273,6 +273,8 @@ def _on_policy(settings: OnPolicy, world: World, template: Template, *items: lis
     from plaudit.sampler import LocalSampler
 
     policy = _policy(settings, world, value_head=isinstance(settings, PPO))
+    if reference := getattr(settings, "reference", ""):
+        policy.keep_reference(_policy(replace(settings, model=sources.resolve(reference)), world))
     rewards = load_rewards(
         settings.rewards,
         weights=settings.reward_weights,

@@ -101,15 +101,10 @@ def _asked(settings: Common, template: Template, loaded: Loaded[Prompt], chosen:
 
 
 def _load(model: str, world: World, temperature: float, guidance: float) -> tuple[Policy, Template]:
-    """A policy as it is to be sampled from; `guidance` matters to those that can be guided."""
-    from plaudit.loading import encodes, load_policy, load_tokenizer
-    from plaudit.templates import Template
+    """See `comparing.load`."""
+    from plaudit.comparing import load
 
-    heads = guidance > 0 and checks.has_action_heads(model)
-    policy = load_policy(model, precision=world.precision, action_heads=heads, learns=False).to(world.device)
-    policy.temperature = temperature
-    policy.guidance = guidance if heads else 0.0
-    return policy, Template(load_tokenizer(model), encodes(model))
+    return load(model, world, temperature, guidance)
 
 
 def _limits(settings: Any, template: Template, **filters: Any) -> Sampling:

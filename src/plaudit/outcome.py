@@ -51,7 +51,7 @@ FACTS = {
     "completion_tokens": "tokens",
 }
 ACRONYMS = "sft ppo dpo ipo kto cpo bco orpo exo nca sppo aot rrhf grpo rloo vpg ilql dapo gspo cispo"
-SHARES = re.compile(r"accuracy|_share$|^win_rate")
+SHARES = re.compile(r"accuracy|_share$|^win_rate|^agreement$")
 COMPARED = {"win_rate", "win_rate_low", "win_rate_high", "p_value", "prompts"}  # said once, beside the table of models
 
 

@@ -42,7 +42,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, dict[st
         values.setdefault("output", f"{output}/{name}")
         filled = {key: _filled(value, output) for key, value in values.items()}
         for key in filled.keys() & {"rewards", "judge", "data", "eval_data"}:
-            filled[key] = _beside(filled[key], Path(path).parent)
+            filled[key] = beside(filled[key], Path(path).parent)
         built[name] = config.from_mapping(VERBS[verb], filled, where)
     return Path(output), built
 
@@ -85,10 +85,10 @@ def _filled(value: Any, output: str) -> Any:
     return value
 
 
-def _beside(spec: Any, folder: Path) -> Any:
+def beside(spec: Any, folder: Path) -> Any:
     """`file.py:name`, or a file of data, as found from here or, failing that, from `folder`."""
     if isinstance(spec, list):
-        return [_beside(item, folder) for item in spec]
+        return [beside(item, folder) for item in spec]
     place = str(spec).rpartition(":")[0] or str(spec)
     known = place.endswith((".py", *checks.LINES, checks.TEXT, *checks.TABLES))
     moved = known and not Path(place).exists() and (folder / place).exists()

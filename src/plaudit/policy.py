@@ -81,6 +81,7 @@ class Policy(nn.Module):
     own_head      whether scores come from a classifier's own head, which reads a whole row, as an encoder's does
     frozen        how many of the first layers never learn and can be run once for all (see `trunk`)
     temperature   divides the logits wherever a log-probability is taken: sampling, update, reference alike
+    begins_at_reference  whether the reference is what this policy was in the beginning
     """
 
     def __init__(self, backbone: nn.Module, adapter: nn.Module | None = None) -> None:
@@ -107,6 +108,7 @@ class Policy(nn.Module):
         # In lists, so that neither counts as a part of this module: they are other views of the same weights.
         self._adapter = [adapter]
         self._reference: list[Any] = []
+        self.begins_at_reference = True
 
     @property
     def adapter(self) -> Any:
@@ -310,19 +312,35 @@ class Policy(nn.Module):
 
     # ----------------------------------------------------------------------------------------------- reference
 
-    def keep_reference(self) -> None:
+    def keep_reference(self, other: Policy | None = None) -> None:
         """Remembers the present weights as the reference, as cheaply as the way of training allows: an adapter can
-        be switched off, a frozen trunk is shared, and only what learns is copied."""
-        if self.adapter is not None:
+        be switched off, a frozen trunk is shared, and only what learns is copied. `other`, a policy of the same make,
+        is remembered instead, and then stays the reference. Raises PlauditError if its frozen layers are others."""
+        if self.adapter is not None or self._reference:
             return
-        learning = nn.ModuleDict({"all": self.backbone})
+        of = self if other is None else other
+        if other is not None:
+            self._check_trunk(other)
+        self.begins_at_reference = other is None
+        learning = nn.ModuleDict({"all": of.backbone})
         if self.frozen:
-            top = nn.ModuleList(list(layers_of(self.base))[self.frozen :])
-            learning = nn.ModuleDict({"layers": top, "tail": nn.ModuleDict(tail_of(self.base))})
+            top = nn.ModuleList(list(layers_of(of.base))[self.frozen :])
+            learning = nn.ModuleDict({"layers": top, "tail": nn.ModuleDict(tail_of(of.base))})
         kept = copy.deepcopy(learning).requires_grad_(False).eval()
         if self.autocasts:
             store_linears(kept, torch.bfloat16)
         self._reference = [kept]
+
+    def _check_trunk(self, other: Policy) -> None:
+        theirs = dict(other.backbone.named_parameters())
+        for name, own in self.backbone.named_parameters():
+            if name not in theirs or theirs[name].shape != own.shape:
+                raise PlauditError(f"reference: it is a model of another make ({name} differs): take one of the same.")
+            if self.frozen and not own.requires_grad and not torch.equal(own.cpu(), theirs[name].cpu()):
+                raise PlauditError(
+                    f"reference: {name} does not learn here (train_layers), and yet is another in the reference: "
+                    "raise train_layers, or leave reference out."
+                )
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ from plaudit.families import family_of
 from plaudit.records import Demonstration, Loaded
 from plaudit.run import Run, write_atomically
 from plaudit.settings import SFT, Reward
-from plaudit.settings.common import Common, Training
+from plaudit.settings.common import Common, Machine, Training
 from plaudit.settings.policy_gradient import VPG, OnPolicy
 from plaudit.settings.scratch import Scratch, described
 
@@ -159,6 +159,7 @@ def prepare(settings: Training) -> tuple[Training, Data]:
         checks.check_rewards(listed(settings.rewards))
         checks.check_rollout(settings.rollout, settings.batch_size, settings.group, once=isinstance(settings, VPG))
         checks.check_learning_from_samples(settings)
+        checks.check_reference(getattr(settings, "reference", ""), settings.lora_rank)
     loaded = load_records(settings)
     if isinstance(settings, Reward):
         checks.check_data(settings.normalise_on)
@@ -265,7 +266,7 @@ def _say(message: str) -> None:
     tell(message)
 
 
-def start_world(settings: Common) -> World:
+def start_world(settings: Machine) -> World:
     """Seeds, threads, device and number type that the settings ask for."""
     import numpy as np
     import torch

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -45,6 +46,8 @@ METRICS = {
     "accuracy": ("Accuracy", "share that is right"),
     "score": ("Score", "mean of the rollout"),
     "judge": ("Judge", "mean"),
+    "labels": ("Labels", "answers so far"),
+    "agreement": ("Agreement", "held-out answers that the reward model foresees"),
     "kl": ("KL to the reference", "nats per completion"),
     "entropy": ("Entropy", "nats per token"),
     "clip_fraction": ("Clipped", "share of tokens"),
@@ -86,13 +89,9 @@ def write(folder: Path) -> Path:
 
     Raises PlauditError if `folder` is neither, or if one of its files can't be read.
     """
-    import jinja2
-
     folder = Path(folder)
     stages = read(folder)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters.update(number=number, figure=figure, label=label, model_name=model_name, plain=plain)
-    page = environment.from_string(Path(__file__).with_suffix(".html").read_text("utf-8")).render(
+    page = render(
         title=folder.resolve().name,
         headline=headline(stages),
         cards=cards(stages),
@@ -104,6 +103,21 @@ def write(folder: Path) -> Path:
     return folder / "report.html"
 
 
+def render(*, refresh: int = 0, **parts: Any) -> str:
+    """The page of these parts, which report.html names; browsers load it again every `refresh` seconds, if any."""
+    page: str = _template().render(refresh=refresh, **parts)
+    return page
+
+
+@cache
+def _template() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters.update(number=number, figure=figure, label=label, model_name=model_name, plain=plain)
+    return environment.from_string(Path(__file__).with_suffix(".html").read_text("utf-8"))
+
+
 def _outcome(stage: Stage, stages: Sequence[Stage]) -> dict[str, Any]:
     """An evaluation: its table, win rate, plots and samples."""
     models = stage.models
@@ -111,15 +125,17 @@ def _outcome(stage: Stage, stages: Sequence[Stage]) -> dict[str, Any]:
     first, last = next(iter(models)), list(models)[-1]
     moves = {name: _move(name, models[first].get(name), models[last].get(name)) for name in columns}
     figures = [*_histograms(stage), *(plot for other in stages for plot in _frontier(other, stage))]
+    samples = compared_samples(stage)
     return {
+        "title": "Before and after",
         "models": models,
         "columns": columns,
         "moves": moves if len(models) == 2 else {},
         "win": stage.facts if stage.has("win_rate", "win_rate_low", "win_rate_high") else None,
         "interval": interval(stage),
         "figures": figures,
-        "samples": compared_samples(stage),
-        "stage": stage,
+        "samples": samples,
+        "shown": f"The first {len(samples)} prompts, as they came",
     }
 
 
@@ -136,7 +152,7 @@ def _section(stage: Stage) -> dict[str, Any] | None:
     facts = {name: value for name, value in stage.facts.items() if is_number(value)}
     if stage.models:  # said in the outcome
         facts = {name: value for name, value in facts.items() if name in COST}
-    figures = [*_curves(stage), *_reliability(stage)]
+    figures = [*curves(stage), *_reliability(stage)]
     if not (facts.keys() - COST or figures or stage.config or stage.samples):
         return None
     return {
@@ -152,8 +168,8 @@ def _section(stage: Stage) -> dict[str, Any] | None:
 # ---- plots ------------------------------------------------------------------------------------------------------
 
 
-def draw(height: int, right: int, paint: Callable[[Any], None]) -> str:
-    """What `paint` does to matplotlib axes, 340 by `height` units with `right` units for labels, as inline SVG."""
+def draw(height: int, right: int, paint: Callable[[Any], None], left: int = 40) -> str:
+    """What `paint` does to matplotlib axes, 340 by `height` units, `left` and `right` of these for labels, as SVG."""
     from markupsafe import Markup
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
@@ -175,7 +191,7 @@ def draw(height: int, right: int, paint: Callable[[Any], None]) -> str:
     }
     with rc_context(settings):
         canvas = Canvas(figsize=(340 / 72, height / 72))
-        axes = canvas.add_axes((40 / 340, 24 / height, (300 - right) / 340, (height - 34) / height))
+        axes = canvas.add_axes((left / 340, 24 / height, (340 - left - right) / 340, (height - 34) / height))
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(length=0, pad=5)
         axes.grid(axis="y")
@@ -200,13 +216,17 @@ def _inlined(svg: str) -> str:
     return re.sub(r"\n\s*", "\n", svg)
 
 
-def _ticks(axes: Any, name: str, most: int = 5) -> None:
-    """Few round ticks with as many decimals as they need."""
+def _ticks(axes: Any, name: str, most: int = 5, whole: bool = False) -> None:
+    """Few round ticks with as many decimals as they need; none between whole numbers if asked for."""
     from matplotlib.ticker import MaxNLocator
 
     axis = getattr(axes, f"{name}axis")
     low, high = axis.get_view_interval()
-    ticks = [tick for tick in MaxNLocator(most, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= tick <= high]
+    ticks = [
+        tick
+        for tick in MaxNLocator(most, steps=[1, 2, 5, 10], integer=whole).tick_values(low, high)
+        if low <= tick <= high
+    ]
     gap = ticks[1] - ticks[0] if len(ticks) > 1 else high - low
     decimals = max(0, -math.floor(math.log10(gap) + 1e-9))
     axis.set_ticks(ticks, [number(float(tick), decimals) if decimals < 4 else _short(tick) for tick in ticks])
@@ -217,7 +237,7 @@ def _short(value: float) -> str:
     return "0" if not float(mantissa) else f"{mantissa.removesuffix('.0')}e{int(exponent)}".replace("-", MINUS)
 
 
-def _curves(stage: Stage) -> list[Figure]:
+def curves(stage: Stage) -> list[Figure]:
     """One plot per metric; what was held out, and what a person reaches, lie in the plot of what was trained."""
     names = [name for name in dict.fromkeys(name for row in stage.metrics for name in row) if name != "step"]
     names = [name for name in names if len(stage.points(name)[0]) > 1 and not name.startswith("time/")]
@@ -251,7 +271,7 @@ def _curve(base: str, series: dict[str, Points]) -> Figure:
             labels.append((values[-1], PARTS[_part(name)][0], colour))
         axes.margins(x=0.02, y=0.08)
         _ticks(axes, "y")
-        _ticks(axes, "x")
+        _ticks(axes, "x", whole=True)
         if not alone:
             _label_ends(axes, sorted(labels))
 

@@ -21,7 +21,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 import tiny
 from plaudit import records
 from plaudit.cli import _OTHERS, main
-from plaudit.settings import VERBS
+from plaudit.feedback.exchange import take_in
+from plaudit.settings import FAMILIES, VERBS, Import
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,6 +30,9 @@ NOT_RUN = {
     "docs/quickstart.md": 4,  # installs packages, downloads a model, or needs the quickstart's own
     "docs/pull.md": 1,  # downloads
     "docs/gpus.md": 1,  # needs several processes
+    "docs/annotate.md": 1,  # needs a label server
+    "docs/label.md": 1,  # waits for people
+    "README.md": 1,  # waits for people
 }
 COMMENT = re.compile(r"<!-- (not run|reads as): (.+) -->\n$")
 
@@ -90,6 +94,11 @@ def supplies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.lines(folder / "comparisons.jsonl", compared)
     tiny.lines(folder / "rankings.jsonl", ranked)
     tiny.lines(folder / "ratings.jsonl", rated)
+    judged = [{**row, "response1": good[0], "response2": bad[0], "cmp_key": "new_old"} for row in prompts]
+    judges = [{"annotator1": 1 + i % 2, "annotator2": 1 + i % 3 // 2, "annotator3": i % 3} for i in range(len(prompts))]
+    tiny.lines(folder / "judged.jsonl", [row | said for row, said in zip(judged, judges, strict=True)])
+    for store in ("answers.db", "labels.db"):
+        take_in(Import(data=str(folder / "comparisons.jsonl"), output=str(folder / store), by="ann"))
     (folder / "book.txt").write_text("All is well, very well, and all will be well.\n" * 40)
     return folder
 
@@ -272,16 +281,18 @@ def test_the_page_of_settings_is_up_to_date():
     assert module.PAGE.read_text("utf-8") == module.page(), "run `python docs/make_settings.py`"
 
 
-NO_TABLE = {"pull", "sample", "evaluate"}  # verbs that train nothing: what their few settings are for is said in prose
+# Verbs that train nothing: what their few settings are for is said in prose.
+NO_TABLE = {"pull", "sample", "evaluate", *FAMILIES["People"]}
 
 
 def test_every_page_of_a_verb_runs_it():
-    """At least once among its commands; `pull` downloads, and would not be run."""
+    """At least once among its commands; some need what is not here."""
+    elsewhere = {"pull", "label", "annotate"}
     for verb in VERBS:
         page = ROOT / "docs" / f"{verb}.md"
         found = [block for block in blocks(page) if block.language == "bash"]
         assert any(re.search(rf"^plaudit {verb} ", block.text, re.MULTILINE) for block in found), verb
-        assert verb == "pull" or all(block.mark[:1] != ("not run",) for block in found), verb
+        assert verb in elsewhere or all(block.mark[:1] != ("not run",) for block in found), verb
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in NO_TABLE])

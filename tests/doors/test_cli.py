@@ -29,16 +29,16 @@ def test_help_lists_every_verb_under_its_own_family(plaudit):
         listed[title] = [line.split()[0] for line in lines]
     for family, verbs in FAMILIES.items():
         assert listed[f"{family}:"] == list(verbs)
-    assert listed["Whole runs:"] == ["run", "quickstart", "explain", "report"]
+    assert listed["Whole runs:"] == ["loop", "run", "quickstart", "explain", "report"]
     found = [verb for verbs in listed.values() for verb in verbs]
-    assert len(found) == len(set(found)) == len(VERBS) + 4
+    assert len(found) == len(set(found)) == len(VERBS) + 5
 
 
 @pytest.mark.parametrize("words", [[], ["-h"], ["--help"], ["help"]])
 def test_help_names_every_verb(plaudit, words):
     said = plaudit(*words)
     assert (said.code, said.err) == (0, "")
-    assert all(f"\n  {verb} " in said.out for verb in [*VERBS, "explain", "run", "quickstart", "report"])
+    assert all(f"\n  {verb} " in said.out for verb in [*VERBS, "explain", "loop", "run", "quickstart", "report"])
 
 
 def test_the_version_is_the_project_s(plaudit):
@@ -101,7 +101,7 @@ def test_help_may_be_cut_short_by_its_reader():
         ),
         (["explain"], "plaudit explain: give the verb that is to be explained: plaudit explain VERB\n"),
         (["explain", "samle"], "plaudit explain: there is no verb 'samle' to explain; did you mean 'sample'?\n"),
-        (["run"], "plaudit run: give a pipeline file: plaudit run FILE\n"),
+        (["run"], "plaudit run: give a file: plaudit run FILE\n"),
         (["report", "a", "b"], "plaudit report: give one run folder: plaudit report FOLDER\n"),
         (["sft"], "plaudit sft: --model is required; give the flag, or `model` in a --config file.\n"),
         (

@@ -16,15 +16,19 @@ FLOORS = {
     1: "batch numerics losses advantages preferences offline_losses",
     2: "templates data attention layout layers fused backbone reference heads policy loading decoding slots sampler "
     "rewards sources world scratch seq2seq speed budget",
-    3: "algorithms comparing",
+    3: "algorithms comparing asking",
     4: "checkpoint trainer hooks",
-    5: "families recipes inference pipeline explain outcome report cli bench",
+    5: "families recipes inference pipeline explain outcome report cli bench "
+    "people feedback_report labelling versus loop loop_plan loop_page",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 CONFINED = {
     "accelerate": {"world"},
     "peft": {"loading"},
-    "matplotlib": {"report"},
+    "matplotlib": {"report", "feedback_report"},
+    "starlette": {"feedback"},
+    "uvicorn": {"feedback"},
+    "playwright": set(),
     "datasets": {"data"},
     "tyro": {"config"},
     "vaderSentiment": set(),

@@ -275,7 +275,7 @@ class OnPolicyAlgorithm(Algorithm):
                 f"the sampler and the learner disagree by {gap:.3g} nats a token before the first update, so "
                 "probability ratios would not start at 1: does the model change its output while generating?"
             )
-        if reference is not None and self.policy.adapter is None:
+        if reference is not None and self.policy.adapter is None and self.policy.begins_at_reference:
             divergence = float(((own - reference).abs() * actions).max())
             if divergence > (0.05 if loose else 1e-4):
                 raise PlauditError(

@@ -2,6 +2,7 @@
 
 from plaudit.settings.benchmark import Bench
 from plaudit.settings.evaluation import Evaluate
+from plaudit.settings.feedback import Agreement, Annotate, Compare, Export, Import, Label
 from plaudit.settings.imitation import SFT
 from plaudit.settings.offline import ILQL
 from plaudit.settings.online import BestOfN, OnlineDPO
@@ -66,6 +67,14 @@ FAMILIES: dict[str, dict[str, type]] = {
     },
     "Online preference and search": {"online_dpo": OnlineDPO, "best_of_n": BestOfN},
     "Offline RL": {"ilql": ILQL},
+    "People": {
+        "label": Label,
+        "compare": Compare,
+        "agreement": Agreement,
+        "annotate": Annotate,
+        "export": Export,
+        "import": Import,
+    },
     "Models and data": {"pull": Pull, "sample": Sample, "evaluate": Evaluate, "bench": Bench},
 }
 """The verbs that take settings, by family, in the order in which a newcomer meets them."""
@@ -97,13 +106,19 @@ __all__ = [
     "VPG",
     "APODown",
     "APOZero",
+    "Agreement",
+    "Annotate",
     "AveragedIPO",
     "Bench",
     "BestOfN",
+    "Compare",
     "DiscoPOP",
     "DrGRPO",
     "Evaluate",
+    "Export",
     "Hinge",
+    "Import",
+    "Label",
     "OnlineDPO",
     "Pull",
     "ReinforcePP",

@@ -16,7 +16,21 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Common:
+class Machine:
+    """What every verb that may run a model takes."""
+
+    seed: Annotated[int, Ge(0)] = 0
+    """Seeds everything that is random; the same seed on the same machine gives the same bits."""
+    precision: Precision = "auto"
+    """bfloat16 autocast over float32 weights, or float32; auto takes bfloat16 where the machine is faster in it."""
+    device: str | None = None
+    """cuda, mps or cpu; by default the first that is found."""
+    threads: CountOrNone = 0
+    """CPU threads; 0 leaves PyTorch's choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common(Machine):
     """What every verb that loads a model takes."""
 
     model: str
@@ -27,14 +41,6 @@ class Common:
     """Run folder: settings, metrics, samples, checkpoints, final model, report."""
     split: str = "train"
     """Split of a Hub data set."""
-    seed: Annotated[int, Ge(0)] = 0
-    """Seeds everything that is random; the same seed on the same machine gives the same bits."""
-    precision: Precision = "auto"
-    """bfloat16 autocast over float32 weights, or float32; auto takes bfloat16 where the machine is faster in it."""
-    device: str | None = None
-    """cuda, mps or cpu; by default the first that is found."""
-    threads: CountOrNone = 0
-    """CPU threads; 0 leaves PyTorch's choice."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,8 @@ class OnlineDPO(OnPolicy):
     """Completions of each prompt, of which the best and the worst make a pair."""
     beta: Positive = 0.1
     """How firmly the policy is held to the reference."""
+    reference: str = ""
+    """Model that the policy is held to; by default `model`, as it is in the beginning."""
     label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
     """Share of the pairs that the reward is assumed to order wrongly."""
 

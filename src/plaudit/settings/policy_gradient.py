@@ -47,6 +47,8 @@ class PolicyGradient(OnPolicy):
     kl_term: Literal["reward", "k2", "k3", "straight_through"] = "reward"
     """Where the divergence counts: in the reward of the tokens that were sampled (k1), or in the loss, estimated by k2,
     by k3, or by k3 with the gradient of k2."""
+    reference: str = ""
+    """Model that the divergence is measured from; by default `model`, as it is in the beginning."""
     kl_target: NotNegative = 0.0
     """Adapt the weight so that this many nats per completion are held (Ziegler et al. 2019); 0 keeps it fixed."""
     kl_horizon: Count = 10000

@@ -1,0 +1,190 @@
+"""What to ask people: answers of one or several policies to the same prompts, and which of them teach most."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plaudit import comparing, data, sources
+from plaudit.algorithms.on_policy import Asked
+from plaudit.errors import PlauditError
+from plaudit.feedback import queries
+from plaudit.feedback.items import MOST, Candidate, Item, Kind
+from plaudit.loading import encodes, load_tokenizer
+from plaudit.records import Prompt, Text
+from plaudit.rewards import load_rewards
+from plaudit.sampler import Sampling
+from plaudit.settings.sampling import Sampling as Drawing
+from plaudit.templates import Template
+from plaudit.world import World
+
+Answered = tuple[Prompt, list[Candidate]]
+"""A prompt, and what was said to it."""
+
+
+def candidates(
+    policies: Sequence[str], prompts: Sequence[Prompt], drawing: Drawing, world: World, **options: Any
+) -> list[Item]:
+    """What policies say to the same prompts, to be compared or ranked: `questions` of `answers`, which see."""
+    return questions(answers(policies, prompts, drawing, world, **options))
+
+
+def answers(
+    policies: Sequence[str],
+    prompts: Sequence[Prompt],
+    drawing: Drawing,
+    world: World,
+    *,
+    seed: int = 0,
+    several: int = 2,
+    rows: int = 64,
+    advance: Callable[[int], None] = lambda count: None,
+    tell: Callable[[str], None] = lambda sentence: None,
+) -> list[Answered]:
+    """What policies say to the same prompts, without prompts that are too long for one of them.
+
+    policies  model folders; of one, `several` (2 to 9) answers of its own to each prompt; of two or more, one of each
+    drawing   max_prompt_tokens, max_new_tokens, temperature and stop
+    rows      how many answers are sampled side by side
+    advance   called with how many answers have come
+    tell      called with sentences about prompts that were left out
+
+    Each answer's `source` names model, step (where the run beside the model tells), temperature and seed. The same
+    seed gives the same answers. Raises PlauditError.
+    """
+    repeats = several if len(policies) == 1 else 1
+    every = repeats * len(policies)
+    if not 2 <= every <= MOST:
+        raise PlauditError(f"policies: {every} answers to a prompt cannot be asked about: make it 2 to {MOST}.")
+    said: list[list[Candidate]] = [[] for _ in prompts]
+    for place, folder in enumerate(policies):
+        origin = {"model": folder, **_step(folder), "temperature": drawing.temperature, "seed": seed}
+        own = seed * len(policies) + place
+        found, notes = _said(folder, prompts, drawing, world, seed=own, repeats=repeats, rows=rows, advance=advance)
+        for so_far, texts in zip(said, found, strict=True):
+            so_far += [Candidate(text, origin) for text in texts]
+        for note in notes:
+            tell(note)
+    return [(prompt, texts) for prompt, texts in zip(prompts, said, strict=True) if len(texts) == every]
+
+
+def fitting(
+    policy: str, prompts: Sequence[Prompt], longest: int, tell: Callable[[str], None] = lambda sentence: None
+) -> list[Prompt]:
+    """Prompts of at most `longest` tokens; `tell` hears how many are left out. Raises PlauditError if all are."""
+    folder = sources.resolve(policy)
+    template = Template(load_tokenizer(folder), encodes(folder))
+    kept, notes = data.within(prompts, lambda each: len(template.prompt(each.prompt)), longest, "prompt")
+    for note in notes:
+        tell(note)
+    return kept
+
+
+def questions(said: Sequence[Answered]) -> list[Item]:
+    """What can be asked about answers: which of two is better, or in what order several stand. What is said twice to a
+    prompt is asked once, and a prompt to which only one thing is said is not asked."""
+    items = []
+    for prompt, texts in said:
+        distinct: dict[str, Candidate] = {}
+        for answer in texts:
+            distinct.setdefault(json.dumps(answer.text), answer)
+        if len(distinct) > 1:
+            kind: Kind = "compare" if len(texts) == 2 else "rank"
+            items.append(Item(kind, prompt.prompt, tuple(distinct.values()), columns=prompt.columns))
+    return items
+
+
+def _said(
+    folder: str,
+    prompts: Sequence[Prompt],
+    drawing: Drawing,
+    world: World,
+    *,
+    seed: int,
+    repeats: int,
+    rows: int,
+    advance: Callable[[int], None],
+) -> tuple[list[list[Text]], list[str]]:
+    """`repeats` answers of one policy to each prompt, none where the prompt is too long, and sentences about these."""
+    policy, template = comparing.load(sources.resolve(folder), world, drawing.temperature)
+    asked = [Asked(prompt, template.prompt(prompt.prompt)) for prompt in prompts]
+    fitting, notes = data.within(
+        enumerate(asked), lambda numbered: len(numbered[1]), drawing.max_prompt_tokens, "prompt"
+    )
+    repeated = [each for _, each in fitting for _ in range(repeats)]
+    limits = Sampling(
+        max_new_tokens=drawing.max_new_tokens,
+        temperature=drawing.temperature,
+        stop_ids=(template.end,),
+        stop_strings=drawing.stop,
+    )
+    _, texts = comparing.answer(policy, repeated, template, limits, world, seed=seed, rows=rows, advance=advance)
+    found: list[list[Text]] = [[] for _ in prompts]
+    for number, (place, each) in enumerate(fitting):
+        own = texts[number * repeats : (number + 1) * repeats]
+        found[place] = [_formed(each.record.prompt, text) for text in own]
+    return found, notes
+
+
+def _formed(prompt: Text, text: str) -> Text:
+    """The answer in the form of its prompt: a text, or a message."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def _step(folder: str) -> dict[str, Any]:
+    """How many steps the run took whose final model this is, where its summary says so."""
+    summary = Path(folder).parent / "summary.json"
+    steps = json.loads(summary.read_bytes()).get("steps") if summary.is_file() else None
+    return {} if steps is None else {"step": steps}
+
+
+def chosen(
+    items: Sequence[Item],
+    count: int,
+    method: str,
+    *,
+    world: World,
+    rewards: str = "",
+    asked: Sequence[Item] = (),
+    share: float = 0.0,
+    seed: int = 0,
+    **more: Any,
+) -> list[Item]:
+    """So many of the items, each with its `query`: the method, the propensity, and `more`.
+
+    method   as in `feedback.queries`: random, or coverage, for which `asked` are the questions before; or disagreement
+             or margin, which the members of the ensemble `rewards` (`ensemble:RULE@FOLDER`) decide
+    share    of the questions that is drawn at random from all the others
+
+    Raises PlauditError where the ensemble cannot be loaded.
+    """
+    rng = np.random.default_rng((seed, len(items)))
+    if method == "random":
+        found = queries.random(len(items), count, rng)
+    elif method == "coverage":
+        before = Counter(data.key_of(item.prompt) for item in asked)
+        times = [before[data.key_of(item.prompt)] for item in items]
+        features = queries.hashed_ngrams([json.dumps(item.prompt, ensure_ascii=False) for item in items])
+        found = queries.coverage(features, times, count, rng, share)
+    else:
+        picked = queries.disagreement if method == "disagreement" else queries.margin
+        found = picked(_differences(items, rewards, world), count, rng, share)
+    return [
+        replace(items[place], query=queries.query(method, propensity, **more))
+        for place, propensity in zip(found.indices.tolist(), found.propensities.tolist(), strict=True)
+    ]
+
+
+def _differences(items: Sequence[Item], rewards: str, world: World) -> Any:
+    """(members, items) each member's score of the first answer less that of the second."""
+    ensemble: Any = load_rewards(rewards, precision=world.precision, device=world.device).sources[rewards]
+    prompts = [item.prompt for item in items]
+    with world.autocast():
+        first, second = (ensemble.each(prompts, [item.candidates[place].text for item in items]) for place in (0, 1))
+    return (first - second).numpy()

@@ -1,0 +1,71 @@
+"""Files in and out of a store: the verbs `import` and `export`, and the forms that items and labels have outside."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from plaudit import config
+from plaudit.errors import PlauditError
+from plaudit.feedback.candidates import read_items as read_items
+from plaudit.feedback.exporting import rows_of, table
+from plaudit.feedback.forms import item_from_json as item_from_json
+from plaudit.feedback.forms import item_to_json as item_to_json
+from plaudit.feedback.forms import label_from_json as label_from_json
+from plaudit.feedback.forms import label_to_json as label_to_json
+from plaudit.feedback.importing import read_labels as read_labels
+from plaudit.feedback.items import Label
+from plaudit.feedback.store import Store
+from plaudit.run import write_atomically
+from plaudit.settings.feedback import Export, Import
+
+
+def take_in(settings: Import) -> int:
+    """Adds the labels in files to a store, which is made if there is none, and returns how many were new.
+
+    Raises PlauditError for a file with anything wrong in it, of which nothing is taken then.
+    """
+    settings = config.check(settings)
+    labels = read_labels(settings.data, settings.by)
+    with Store.open(settings.output) as store:
+        return store.take(labels)
+
+
+def export(settings: Export) -> Path:
+    """Writes what people said to a new file, and returns its path. Raises PlauditError if there is nothing to write,
+    or the file exists."""
+    settings = config.check(settings)
+    path = Path(settings.output)
+    as_table = path.suffix == ".csv"
+    check_output(path, as_table, settings.kind)
+    with Store.read(settings.data) as store:
+        labels = chosen(store.labels(), settings)
+    rows = [] if as_table else rows_of(labels, settings.kind, ties=settings.ties)
+    if not (labels if as_table else rows):
+        raise PlauditError(f"{settings.data}: holds nothing yet that can be exported as {settings.kind}.")
+    text = table(labels) if as_table else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(path, gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text)
+    return path
+
+
+def check_output(path: Path, as_table: bool, kind: str) -> None:
+    """Raises PlauditError unless the file can be written, and read again afterwards."""
+    if path.exists():
+        raise PlauditError(f"output: {path} exists already: name another file, or remove it.")
+    if as_table and kind != "labels":
+        raise PlauditError(f"output: {path} is a table, which holds labels as they are: give --kind labels with it.")
+    if not as_table and not path.name.endswith((".jsonl", ".jsonl.gz")):
+        raise PlauditError(f"output: {path} ends neither in .jsonl nor in .jsonl.gz, nor in .csv for a table.")
+
+
+def chosen(labels: Sequence[Label], settings: Export) -> list[Label]:
+    """The labels that the settings ask for: what trains leaves out gold items and repeats unless they are wanted."""
+    everything = settings.kind == "labels"
+    kept = [
+        label
+        for label in labels
+        if everything or ((settings.gold or label.item.gold is None) and (settings.repeats or label.repeat == 0))
+    ]
+    return kept[-settings.last :]

@@ -1,0 +1,378 @@
+"""`plaudit loop`: ask, learn what is liked, learn to please, ask again (Christiano et al. 2017, arXiv:1706.03741).
+
+One folder holds the store of answers and, for each round, the questions (`ask.jsonl`), the answers that it learned
+from (`labels.jsonl`), the reward model (`reward`) and the policy (`policy`). What is there is not made again, so the
+same command goes on wherever it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from plaudit import checks, config, data, machine, sources
+from plaudit.errors import PlauditError
+from plaudit.feedback.desk import Desk, keep, share_of
+from plaudit.feedback.exporting import rows_of
+from plaudit.feedback.items import Candidate, Item, Label
+from plaudit.loop_plan import FREE, Round, Sections, questions, read
+from plaudit.recipes import listed
+from plaudit.records import Prompt
+from plaudit.run import Run, write_atomically
+from plaudit.settings.common import Training
+from plaudit.settings.feedback import Loop
+from plaudit.settings.policy_gradient import VPG
+
+STORE = "answers.sqlite"
+"""The store of the whole loop."""
+FEWEST = 8
+"""Answers that the first reward model waits for at least, where so many are asked for."""
+TRIES = 20
+"""How often more answers are sampled where the policy says the same twice, or what was asked before."""
+
+
+# -------------------------------------------------------------------------------------------------------- running
+
+
+def run(path: str | Path, overrides: Sequence[str] = ()) -> Path:
+    """Runs the loop of a file, or goes on with it, and returns the path of its page. Raises PlauditError,
+    Interrupted."""
+    return loop(read(path, overrides))
+
+
+def loop(settings: Loop) -> Path:
+    """Runs the loop, or goes on with it, and returns the path of its page: see `read` for settings from a file.
+
+    Raises PlauditError, Interrupted.
+    """
+    from plaudit import loop_page
+
+    settings = config.check(settings)
+    sections = Sections.of(settings)
+    _look_ahead(settings, sections)
+    prompts = data.load(settings.prompts, Prompt, settings.split).records
+    with Run.open(settings.output, {"verb": "loop", **asdict(settings)}, FREE) as whole:
+        if not whole.finished:
+            _begun(Looping(replace(settings, model=sources.resolve(settings.model)), sections, prompts, whole))
+        return loop_page.write(whole.folder)
+
+
+def _look_ahead(settings: Loop, sections: Sections) -> None:
+    """What can be known to be wrong before anything is sampled. Raises PlauditError."""
+    if machine.processes()[1] > 1:
+        raise PlauditError("a loop is one process, which people talk to: start it without a launcher.")
+    checks.check_data(settings.prompts)
+    checks.check_model(settings.model)
+    checks.check_model(sections.reward.model)
+    policy = sections.policy
+    checks.check_rollout(policy.rollout, policy.batch_size, policy.group, once=isinstance(policy, VPG))
+    checks.check_learning_from_samples(policy)
+    if sections.synthetic is not None:
+        checks.check_rewards(listed(sections.synthetic.rewards))
+    if settings.reference == "first" and policy.lora_rank and settings.rounds > 1:
+        raise PlauditError("reference: an adapter is held to the policy that its round begins with: take last.")
+
+
+def _begun(looping: Looping) -> None:
+    """Where a mistake ends a loop before its first questions are chosen, its settings are not kept."""
+    try:
+        looping.run()
+    except PlauditError:
+        if not looping.rounds[0].ask.exists():
+            (looping.whole.folder / "config.yaml").unlink()
+        raise
+
+
+class Looping:
+    """A loop at work: settings with the model resolved, the prompts, the run of the whole folder."""
+
+    def __init__(self, settings: Loop, sections: Sections, prompts: Sequence[Prompt], whole: Run) -> None:
+        self.settings, self.sections, self.prompts, self.whole = settings, sections, list(prompts), whole
+        self.doing = ""
+        self.failure: Exception | None = None
+        counts = questions(settings)
+        self.rounds = [
+            Round(number, count, whole.folder / f"round-{number:03d}") for number, count in enumerate(counts, 1)
+        ]
+
+    def run(self) -> None:
+        """All rounds, with the server open for as long as they last."""
+        from plaudit.hooks import tell
+
+        settings = self.settings
+        with (
+            Desk.open(
+                self.whole.folder / STORE,
+                port=settings.port,
+                overlap=settings.overlap,
+                people=self.sections.names(settings),
+                instructions=settings.instructions,
+            ) as desk,
+            self._answering(desk),
+        ):
+            for number, now in enumerate(self.rounds, 1):
+                tell(f"round {number}/{len(self.rounds)}")
+                if self._round(now, desk):
+                    break
+        self._finish()
+
+    def _round(self, now: Round, desk: Desk) -> bool:
+        """One round, or what is missing of it; whether the reward model has come as far as it should."""
+        self.doing = f"Round {now.number}: choosing what to ask"
+        with self.shown():
+            items = self._asked(now)
+        if not now.labels.exists():
+            desk.ask(items, priority=now.number)
+            self._gather(now, desk)
+        fitted = self._trained(now.reward, self._reward(now), f"Round {now.number}: learning what is liked")
+        reached = self._trained(now.policy, self._policy(now), f"Round {now.number}: learning to please")
+        if now.number not in [row["step"] for row in self.whole.metrics()]:
+            self.whole.log(now.number, self._figures(now, fitted, reached, desk))
+        agreement = fitted.get("accuracy")
+        return bool(self.settings.target) and agreement is not None and agreement >= self.settings.target
+
+    @contextmanager
+    def _answering(self, desk: Desk) -> Iterator[None]:
+        """Somebody answers while the block runs: people, who are told where, or a program in their place."""
+        from plaudit.hooks import tell
+
+        if self.sections.synthetic is None:
+            desk.tell(tell)
+            yield
+            return
+        from plaudit import people
+        from plaudit.feedback.annotator import PAUSE, Annotator
+
+        own = people.tastes(self.sections.synthetic, len(desk.people))
+        links = [link.split("/join/") for link in desk.people.values()]
+        annotators = [Annotator(url, token, taste) for (url, token), taste in zip(links, own, strict=True)]
+        over = threading.Event()
+
+        def work() -> None:
+            try:
+                while not over.is_set():
+                    if not sum(annotator.turn() for annotator in annotators):
+                        over.wait(PAUSE)
+            except Exception as error:  # whatever it is: nobody else answers, and the loop would wait for ever
+                self.failure = error
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            for annotator in annotators:
+                annotator.close()
+
+    # ------------------------------------------------------------------------------------------------- questions
+
+    def _asked(self, now: Round) -> list[Item]:
+        """The round's questions: chosen once, and from then on as its file says."""
+        if not now.ask.exists():
+            keep(now.ask, self._chosen(now))
+            machine.release()
+        return now.items()
+
+    def _chosen(self, now: Round) -> list[Item]:
+        """Pairs of answers of the present policy, or of the first one, that were never asked about before."""
+        from plaudit import asking
+        from plaudit.recipes import start_world
+
+        queries, before = self.sections.queries, self._before(now)
+        # The first round has no reward models to ask.
+        informed = queries.method != "random" and (before is not None or queries.method == "coverage")
+        method = queries.method if informed else "random"
+        world = start_world(self.settings)
+        items = self._sampled(now, now.questions * (queries.pool if informed else 1), world)
+        return asking.chosen(
+            items,
+            now.questions,
+            method,
+            world=world,
+            rewards="" if before is None else self._spec(before),
+            asked=self._items(now.number - 1),
+            share=queries.share,
+            seed=self._seed(now),
+            round=now.number,
+        )
+
+    def _sampled(self, now: Round, wanted: int, world: Any) -> list[Item]:
+        """So many pairs, or at least as many as are asked. Raises PlauditError if the policy has not that much to
+        say."""
+        from plaudit import asking
+        from plaudit.hooks import progress_bar, tell
+
+        asked = {_question(item) for item in self._items(now.number - 1)}
+        found: list[Item] = []
+        # Those that are too long for the policy would otherwise be drawn again, and at last nothing else.
+        prompts = asking.fitting(self._speaker(now), self.prompts, self.sections.policy.max_prompt_tokens, tell)
+        order = data.Order(len(prompts), wanted, self._seed(now))
+        bar, task = progress_bar("ask", 2 * wanted, unit="answers")
+        with bar:
+            for attempt in range(TRIES):
+                missing = wanted - len(found)
+                sampled = asking.candidates(
+                    [self._speaker(now)],
+                    [prompts[place] for place in order[attempt][:missing]],
+                    self.sections.policy,
+                    world,
+                    seed=self._seed(now) * TRIES + attempt,
+                    advance=lambda count: bar.advance(task, count),
+                )
+                for item in sampled:
+                    if _question(item) not in asked and all(map(_says, item.candidates)):
+                        asked.add(_question(item))
+                        found.append(item)
+                if len(found) == wanted:
+                    return found
+        if len(found) < now.questions:
+            raise PlauditError(
+                f"round {now.number}: {self._speaker(now)} says the same again and again: of {wanted} questions only "
+                f"{len(found)} are new. Give more prompts, a higher temperature in `policy`, or fewer labels."
+            )
+        return found
+
+    def _speaker(self, now: Round) -> str:
+        """Whose answers are asked about."""
+        return self._beginning(now) if self.settings.online else self.settings.model
+
+    def _beginning(self, now: Round) -> str:
+        """The policy that a round begins with."""
+        before = self._before(now)
+        return self.settings.model if before is None else str(before.policy / "final")
+
+    def _items(self, count: int) -> list[Item]:
+        """What the first so many rounds asked."""
+        return [item for each in self.rounds[:count] for item in each.items()]
+
+    def _seed(self, now: Round) -> int:
+        """What a round's questions are drawn with."""
+        return self.settings.seed * 1009 + now.number
+
+    def _before(self, now: Round) -> Round | None:
+        return None if now.number == 1 else self.rounds[now.number - 2]
+
+    # --------------------------------------------------------------------------------------------------- answers
+
+    def _gather(self, now: Round, desk: Desk) -> None:
+        """Waits for the answers that the round is to have, and writes down all that it learns from."""
+        from plaudit.hooks import progress_bar
+
+        mine = now.items()
+        asked = len(mine) * self.settings.overlap
+        needed = share_of(asked, self.settings.wait)
+        if now.number == 1:
+            needed = max(needed, min(FEWEST, asked))
+        bar, task = progress_bar("answers", asked, unit="answers")
+
+        def told(count: int) -> None:
+            bar.update(task, completed=count)
+            self.doing = f"Round {now.number}: {count} of {asked} answers are there"
+
+        told(0)
+        with bar, self.shown():
+            desk.wait(mine, needed, told, self._check_answering)
+        labels = desk.labels(self._items(now.number))
+        self._write(now, labels[-self.settings.latest :])
+
+    def _check_answering(self) -> None:
+        """Raises what the program failed with that answers in place of people, if it did."""
+        if self.failure is not None:
+            raise self.failure
+
+    def _write(self, now: Round, labels: Sequence[Label]) -> None:
+        """The answers as comparisons, with who gave them, when, and about whom. Raises PlauditError without any."""
+        rows = rows_of(labels, "comparisons")
+        if not rows:
+            raise PlauditError(
+                f"round {now.number}: all {len(labels)} answers say that the two cannot be compared, which teaches "
+                "nothing: change some of them, or begin again with other prompts."
+            )
+        write_atomically(now.labels, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    # -------------------------------------------------------------------------------------------------- training
+
+    def _trained(self, folder: Path, settings: Training, doing: str) -> dict[str, Any]:
+        """The summary of a run, which is made, or goes on, unless it is done."""
+        from plaudit.recipes import train
+
+        done = Run(folder, -1)
+        if not done.finished:
+            self.doing = doing
+            with self.shown():
+                done = train(settings)
+            machine.release()
+        return done.summary
+
+    def _reward(self, now: Round) -> Training:
+        """The settings of a round's reward models."""
+        return replace(
+            self.sections.reward, data=str(now.labels), output=str(now.reward), seed=self.settings.seed + now.number
+        )
+
+    def _spec(self, of: Round) -> str:
+        """How a round's reward models are named as a reward."""
+        several = self.sections.reward.members > 1
+        return f"ensemble:mean@{of.reward}" if several else str(of.reward / "final")
+
+    def _policy(self, now: Round) -> Training:
+        """The settings with which a round improves the policy."""
+        policy = self.sections.policy
+        apart = now.number > 1 and self.settings.reference == "first" and hasattr(policy, "reference")
+        return replace(
+            policy,
+            model=self._beginning(now),
+            data=self.settings.prompts,
+            split=self.settings.split,
+            rewards=self._spec(now),
+            output=str(now.policy),
+            seed=self.settings.seed + now.number,
+            **({"reference": self.settings.model} if apart else {}),
+        )
+
+    # --------------------------------------------------------------------------------------------------- telling
+
+    def _figures(self, now: Round, fitted: Mapping[str, Any], reached: Mapping[str, Any], desk: Desk) -> dict[str, Any]:
+        """What a round's line of the metrics says."""
+        figures = {
+            "asked": now.questions,
+            "labels": len(desk.labels(self._items(now.number))),
+            "agreement": fitted.get("accuracy"),
+            "score": reached.get("score"),
+            "kl": reached.get("kl"),
+            "seconds": fitted["seconds"] + reached["seconds"],
+        }
+        return {name: value for name, value in figures.items() if value is not None}
+
+    def shown(self) -> AbstractContextManager[None]:
+        """Keeps the page up to date while the block runs."""
+        from plaudit import loop_page
+
+        return loop_page.kept(self.whole.folder, lambda: self.doing)
+
+    def _finish(self) -> None:
+        """The summary, whose stages `plaudit report` shows."""
+        last = self.whole.metrics()[-1]
+        done = self.rounds[: last["step"]]
+        stages: dict[str, Any] = {f"{each.folder.name}/{part}": {} for each in done for part in ("reward", "policy")}
+        figures = {name: value for name, value in last.items() if name not in ("step", "asked", "seconds")}
+        self.whole.finish({"verb": "loop", "rounds": len(done), **figures, "stages": stages})
+
+
+def _question(item: Item) -> str:
+    """What makes two questions the same: the prompt and the texts, whoever said them."""
+    texts = sorted(json.dumps(candidate.text) for candidate in item.candidates)
+    return json.dumps([item.prompt, texts])
+
+
+def _says(candidate: Candidate) -> bool:
+    """Whether anything is said: answers that are empty teach nothing, because records leave them out."""
+    text = candidate.text
+    return bool((text if isinstance(text, str) else text[0]["content"]).strip())
