@@ -209,7 +209,7 @@ def test_large_bodies_are_refused_before_they_are_read(study, ann):
         b"[" * 100_000,
         b'"text"',
         b'{"key": "\xed\xa0\x80"}',
-        '{"key": "\\ud800"}'.encode("utf-16"),
+        '{"key": "k"}'.encode("utf-16"),
     ],
 )
 def test_what_is_no_object_is_refused(ann, body):

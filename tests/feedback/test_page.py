@@ -667,7 +667,7 @@ def test_a_link_of_somebody_else_never_sends_in_the_old_name(study, people):
 
 
 def test_a_page_that_goes_sends_nothing_in_the_new_name(study, people):
-    study.add(pair(0), pair(1))
+    study.add(*(pair(number) for number in range(5)))
     tab = people(study)
     tab.see(PROMPT, "prompt 0")
     token = study.token("Bob")
