@@ -253,8 +253,8 @@ class Looping:
         return [item for each in self.rounds[:count] for item in each.items()]
 
     def _seed(self, now: Round) -> int:
-        """What a round's questions are drawn with."""
-        return self.settings.seed * 1009 + now.number
+        """What a round draws with; the members of its reward model take the next ones."""
+        return self.settings.seed * 100_003 + now.number * 101
 
     def _before(self, now: Round) -> Round | None:
         return None if now.number == 1 else self.rounds[now.number - 2]
@@ -313,9 +313,7 @@ class Looping:
 
     def _reward(self, now: Round) -> Training:
         """The settings of a round's reward models."""
-        return replace(
-            self.sections.reward, data=str(now.labels), output=str(now.reward), seed=self.settings.seed + now.number
-        )
+        return replace(self.sections.reward, data=str(now.labels), output=str(now.reward), seed=self._seed(now))
 
     def _spec(self, of: Round) -> str:
         """How a round's reward models are named as a reward."""
@@ -333,7 +331,7 @@ class Looping:
             split=self.settings.split,
             rewards=self._spec(now),
             output=str(now.policy),
-            seed=self.settings.seed + now.number,
+            seed=self._seed(now),
             **({"reference": self.settings.model} if apart else {}),
         )
 

@@ -133,9 +133,8 @@ def questions(settings: Loop) -> list[int]:
     ends[-1] = total
     counts = [end - before for end, before in zip(ends, [0, *ends], strict=False)]
     if 0 in counts:
-        raise PlauditError(
-            f"labels: round {counts.index(0) + 1} of {rounds} would ask nothing: raise labels, or lower first or rounds."
-        )
+        problem = f"round {counts.index(0) + 1} of {rounds} would ask nothing"
+        raise PlauditError(f"labels: {problem}: raise labels, or lower first or rounds.")
     return counts
 
 

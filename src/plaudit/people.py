@@ -34,10 +34,10 @@ def agreement(settings: Agreement) -> Path:
     folder = Path(settings.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "agreement.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(folder / "agreement.html", feedback_report.page(found, title=", ".join(names)))
     except OSError as error:
         raise PlauditError(f"output: {folder} cannot be written ({error.strerror}); choose another.") from None
-    write_atomically(folder / "agreement.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-    write_atomically(folder / "agreement.html", feedback_report.page(found, title=", ".join(names)))
     feedback_report.show(found)
     return folder / "agreement.html"
 

@@ -31,6 +31,8 @@ def compare(settings: Compare) -> Run:
     """
     settings = config.check(settings)
     names = _names(settings)
+    if settings.people and settings.judge:
+        raise PlauditError("judge: people decide with --people: leave out one of the two.")
     if settings.people:
         run = _by_people(settings, names)
     elif settings.judge:

@@ -135,8 +135,8 @@ def test_a_post_needs_the_value_that_only_the_own_page_knows(study):
 
 @pytest.mark.parametrize(
     "foreign",
-    [{"origin": "https://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"},
-     {"sec-fetch-site": "same-site"}],
+    [{"origin": "https://evil.example"}, {"origin": "null"}, {"origin": "http://[::1"},
+     {"sec-fetch-site": "cross-site"}, {"sec-fetch-site": "same-site"}],
 )  # fmt: skip
 def test_a_page_of_another_site_gets_nothing(study, foreign):
     client, good = browser(study, f"foreign {foreign}")
@@ -198,7 +198,20 @@ def test_large_bodies_are_refused_before_they_are_read(study, ann):
     assert study.manager.post("/api/items", json=items).status_code == 200
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"key": "\\ud800"}', b"\xff", b"[" * 100_000, b'"text"'])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b'{"key": "\\ud800"}',
+        b"\xff",
+        b"[" * 100_000,
+        b'"text"',
+        b'{"key": "\xed\xa0\x80"}',
+        '{"key": "k"}'.encode("utf-16"),
+    ],
+)
 def test_what_is_no_object_is_refused(ann, body):
     reply = ann.post("/api/undo", content=body, headers={"content-type": "application/json"})
     assert reply.status_code == 400
@@ -286,6 +299,15 @@ def test_a_full_disk_is_not_acknowledged(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ serving
+
+
+def test_a_link_that_the_manager_renewed_lives_through_a_restart(tmp_path):
+    path = tmp_path / "a.db"
+    with site(path, people=("Ann",)) as one:
+        token = one.manager.post("/api/people", json={"name": "Ann", "renew": True}).json()["token"]
+    with site(path, people=("Ann",)) as one:
+        assert one.client(token).get("/api/next").status_code == 200
+        assert one.links.people["Ann"].endswith(f"/join/{token}")
 
 
 def test_secrets_are_random_private_and_live_through_a_restart(tmp_path):

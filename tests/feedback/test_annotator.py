@@ -301,6 +301,15 @@ def test_a_table_with_annotators_columns(tmp_path, monkeypatch, capsys):
     assert "Fleiss’ κ" in capsys.readouterr().out
 
 
+def test_a_folder_that_takes_no_figures_is_refused_in_a_sentence(tmp_path):
+    from plaudit.settings.feedback import Agreement
+
+    path = pandalm(tmp_path / "judged.json", [("x_y", (1, 2))])
+    (tmp_path / "out" / "agreement.json").mkdir(parents=True)
+    with pytest.raises(PlauditError, match=r"output: .*out cannot be written \(Is a directory\); choose another"):
+        people.agreement(Agreement(data=str(path), output=str(tmp_path / "out"), resamples=5))
+
+
 def test_names_are_text_on_the_page_and_in_the_terminal(monkeypatch, capsys):
     from labelled import compared
 

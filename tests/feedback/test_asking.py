@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 import tiny
 from plaudit import asking
 from plaudit.comparing import load
 from plaudit.errors import PlauditError
-from plaudit.feedback.items import Candidate, Item
+from plaudit.feedback.items import Candidate
 from plaudit.records import Prompt
 from plaudit.sampler import LocalSampler, Sampling
 from plaudit.settings import Sample

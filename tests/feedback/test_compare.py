@@ -100,6 +100,8 @@ def test_a_judge_finds_what_evaluate_finds(here):
     }
     with pytest.raises(PlauditError, match="judge: name who decides, as a reward is named, or let people decide"):
         compare(settings())
+    with pytest.raises(PlauditError, match="judge: people decide with --people: leave out one of the two"):
+        compare(settings(judge="judge.py:e", people=True))
 
 
 def test_where_nobody_can_compare_anything_that_is_said(here, capsys):

@@ -474,6 +474,7 @@ def test_answers_in_words():
         ({"output": "study.db"}, "output: .*study.db exists already"),
         ({"output": "out.txt"}, "output: .*out.txt ends neither in .jsonl nor"),
         ({"output": "out.csv"}, "give --kind labels"),
+        ({"output": "rows.jsonl/out.jsonl"}, "output: .*out.jsonl cannot be written"),
         ({"data": "no.db"}, "no.db: there is no such store"),
         ({"data": "rows.jsonl"}, "rows.jsonl: is there, but is not a store"),
         ({"kind": "ratings", "last": 1}, "holds nothing yet that can be exported as ratings"),

@@ -131,6 +131,7 @@ def test_pairs_by_every_key(study, people):
     assert [label.item.prompt for label in labels] == [f"prompt {number}" for number in range(6)]
     assert all(0 < label.ms < 60_000 for label in labels)
     tab.see("#rest-title", "Nothing to do just now")
+    sync_api.expect(tab.page.locator("#rest-title")).to_be_focused()
     tab.see("#pace", "6 of 6")
 
 
@@ -268,9 +269,12 @@ def test_by_mouse_and_a_double_click_answers_once(study, people):
     tab.see(PROMPT, "prompt 4")
     labels = tab.answered(3)
     assert [shown(label) for label in labels] == [Answer((2, 1), strength=3), Answer((2, 1)), Answer(rating=4.0)]
-    tab.page.click("#undo")
+    tab.page.dblclick("#undo", delay=40)
     tab.see(PROMPT, "rate 2")
     tab.answered(2)
+    tab.see("#said", "Taken back: your earlier answer is marked.")
+    tab.page.wait_for_load_state("networkidle")
+    assert len(study.labels()) == 2
 
 
 def test_on_a_phone(study, people):
@@ -295,6 +299,10 @@ def test_on_a_phone(study, people):
             assert box["y"] + box["height"] <= 640  # the bar stays in sight, however long the texts
         cards = [card.bounding_box() for card in tab.page.locator("#answers .card").all()]
         assert len({card["x"] for card in cards}) == 1
+        tab.page.tap("#open-rewrite")
+        field, bar = (tab.page.locator(name).bounding_box() for name in ("#rewrite", "#panel"))
+        assert field["y"] >= 0
+        assert field["y"] + field["height"] <= bar["y"]  # the bar does not lie over what is being written
         for tap in taps:
             tab.page.tap(tap)
     tab.answered(3)
@@ -419,6 +427,58 @@ def test_questions_that_come_later_appear_by_themselves(study, people):
 
 
 # ------------------------------------------------------------------------------------------------ what survives
+
+
+def test_who_writes_keeps_the_question_and_who_only_looks_does_not(study, people):
+    study.add(*(pair(number) for number in range(4)))
+    tab = people(study)
+    tab.page.clock.install()
+    tab.page.reload()
+    tab.see(PROMPT, "prompt 0")
+    tab.page.wait_for_load_state("networkidle")
+    asked = []
+    tab.page.on("request", lambda request: asked.append(request.url))
+    tab.page.clock.run_for(310_000)
+    assert asked == []
+    tab.keys("n", "x")
+    with tab.page.expect_request(re.compile("/api/next")):
+        tab.page.clock.run_for(4000)
+    tab.page.wait_for_load_state("networkidle")
+    asked.clear()
+    tab.page.clock.run_for(200_000)
+    assert asked == []
+
+
+def test_a_text_that_is_too_long_stays_where_it_is(study, people):
+    study.add(pair(0, "l" * 10_001, "r" * 10_001), pair(1))
+    tab = people(study)
+    tab.see(PROMPT, "prompt 0")
+    tab.page.click("#open-rewrite")
+    tab.page.click("#sources button >> nth=0")
+    tab.keys("Escape", "ArrowLeft")
+    tab.see("#said", "This text is too long: 10001 characters of at most 10000.")
+    tab.see(PROMPT, "prompt 0")
+    sync_api.expect(tab.page.locator("#rewrite")).to_be_focused()
+    tab.page.fill("#rewrite", "short")
+    tab.keys("Control+Enter")
+    assert tab.answered(1)[0].answer.rewrite == "short"
+
+
+def test_the_browser_forgets_old_drafts_and_tells_people_apart(study, people):
+    study.add(pair(0))
+    tab = people(study, "Ann:out:")
+    tab.see(PROMPT, "prompt 0")
+    tab.keys("n")
+    tab.page.keyboard.type("young")
+    prefix = tab.page.evaluate("Object.keys(localStorage)[0]").partition("draft:")[0]
+    tab.page.evaluate("name => localStorage.setItem(name, JSON.stringify({ note: 'x', at: 1 }))", f"{prefix}draft:old")
+    tab.page.reload()
+    tab.see(PROMPT, "prompt 0")
+    left = tab.page.evaluate("Object.keys(localStorage)")
+    assert f"{prefix}draft:old" not in left
+    assert len([key for key in left if key.startswith(f"{prefix}draft:")]) == 1
+    # A person called "Ann:out" would else be taken for what Ann has to send.
+    assert prefix.count(":") == 3
 
 
 def test_a_reload_in_the_middle_keeps_the_question_its_order_and_the_draft(study, people):
@@ -604,6 +664,58 @@ def test_a_link_of_somebody_else_never_sends_in_the_old_name(study, people):
     tab.keys("ArrowLeft")
     tab.see("#person", f"Bob {study.number}")
     assert study.labels() == []
+
+
+def test_a_page_that_goes_sends_nothing_in_the_new_name(study, people):
+    study.add(*(pair(number) for number in range(5)))
+    tab = people(study)
+    tab.see(PROMPT, "prompt 0")
+    token = study.token("Bob")
+    bob = study.client(token)
+    answer(bob, tasks(bob)[0], {"choice": "left"}, f"bob {token}")
+    tab.open(f"{study.links.url}/join/{token}").close()
+    sent = []
+    tab.page.on("response", lambda reply: sent.append(reply.status) if "/api/undo" in reply.url else None)
+    tab.keys("u")
+    tab.see("#person", f"Bob {study.number}")
+    tab.page.wait_for_load_state("networkidle")
+    assert len(study.labels()) == 1
+    assert sent == [403]
+    assert len(tab.page.evaluate("Object.keys(localStorage).filter(name => name.includes(':out:'))")) == 1
+
+
+@pytest.mark.slow
+def test_an_answer_that_is_read_stays_open_while_others_come(own, chromium):
+    study = own
+    study.add(pair(0), pair(1))
+    ann = study.person("Ann")
+    answer(ann, tasks(ann)[0], {"choice": "left"}, "one")
+    tab = Tab(chromium, study, study.links.review)
+    tab.page.click("details >> summary")
+    answer(ann, tasks(ann)[0], {"choice": "right"}, "two")
+    sync_api.expect(tab.page.locator("details")).to_have_count(2)
+    states = tab.page.locator("details").evaluate_all("all => all.map(one => one.open)")
+    assert states == [False, True]
+    sync_api.expect(tab.page.locator("details >> nth=1 >> summary")).to_be_focused()
+    tab.context.close()
+    assert tab.wrong == []
+
+
+@pytest.mark.slow
+def test_the_review_page_may_come_before_the_connection(own, chromium):
+    tab = Tab(chromium, own, own.links.review, viewport={"width": 360, "height": 640})
+    tab.page.route("**/api/**", lambda route: route.abort())
+    tab.page.reload()
+    tab.see("#problem", "No connection to the server; trying again.")
+    tab.page.unroute_all()
+    tab.see("#headline", "0 answers from 0 people")
+    tab.see("#problem", "")
+    tab.page.fill("#link-name", "Ann")
+    tab.page.click("#link button")
+    sync_api.expect(tab.page.locator("#made")).to_contain_text("/join/")
+    assert tab.page.evaluate("document.documentElement.scrollWidth") == 360
+    tab.context.close()
+    assert tab.wrong == []
 
 
 @pytest.mark.slow

@@ -117,6 +117,18 @@ def test_strengths_of_several_models_solve_the_likelihood_equations():
         assert truth[name] - 0.15 < found[name]["high"]
 
 
+def test_strengths_of_a_cycle_of_uneven_wins_are_found_too():
+    """Iterations of Luce's spectral ranking close in on these slowly."""
+    won = {"ab": 100, "ba": 5, "bc": 1, "cb": 1, "cd": 1, "dc": 5, "de": 100, "ed": 5, "ef": 51, "fe": 5, "fa": 20}
+    rows = [(a, b, "1") for (a, b), count in won.items() for _ in range(count)]
+    value = {name: row["value"] for name, row in strengths(contests(rows), resamples=5)["models"].items()}
+    for name in value:
+        expected = sum(
+            n * expit(value[name] - value[pair.replace(name, "")]) for pair, n in won.items() if name in pair
+        )
+        assert sum(n for pair, n in won.items() if pair[0] == name) == pytest.approx(expected, abs=1e-3)
+
+
 def test_a_ranking_is_all_of_its_pairs():
     one = label(item("Item", "rank", (" a", " b", " c"), ("x", "y", "z")), "ann", Answer((1, 2, 3)))
     back = label(item("Other", "rank", (" a", " b", " c"), ("x", "y", "z")), "ann", Answer((3, 2, 1)))

@@ -204,7 +204,7 @@ def test_assignments_of_others_and_of_nobody_do_not_exist(study):
     assert tasks(ann)[0]["assignment"] == task["assignment"]
 
 
-@pytest.mark.parametrize("count", ["0", "21", "-1", "x", "1.5", "²", ""])
+@pytest.mark.parametrize("count", ["0", "21", "-1", "x", "1.5", "²", "", pytest.param("1" * 5000, id="long")])
 def test_counts_are_bounded(shared, count):
     assert newcomer(shared).get(f"/api/next?count={count}").status_code == 400
 
@@ -244,6 +244,11 @@ def test_items_that_cannot_be_asked_are_refused_together(shared, items):
     assert "items" in reply.json()["error"]
     with Store.read(shared.path) as store:
         assert good.prompt not in [item.prompt for item in store.items()]
+
+
+def test_a_priority_that_no_database_holds_is_refused(shared):
+    reply = shared.manager.post("/api/items", json={"items": [item_to_json(pair(0))], "priority": 2**63})
+    assert (reply.status_code, "priority" in reply.json()["error"]) == (400, True)
 
 
 @pytest.mark.parametrize("name", ["", "x" * 81, "a\nb", "a\x00b", 7, None])

@@ -510,6 +510,17 @@ def test_progress_says_what_is_left_for_whom_and_how_fast_it_goes(path):
 # ------------------------------------------------------------------------------------------------ the file
 
 
+def test_only_giving_a_question_out_does_not_wait_for_the_disk(path):
+    with study(path, [pair(1), pair(2)]) as store:
+        (first,) = store.next("ann", 1, ONE, 0.0)
+        assert store._db.execute("PRAGMA synchronous").fetchone() == (1,)
+        store.skip(first.id, "ann", key="a", now=1.0)
+        assert store._db.execute("PRAGMA synchronous").fetchone() == (2,)
+        store.next("bob", 1, ONE, 1.0)
+        store.add([pair(3)])
+        assert store._db.execute("PRAGMA synchronous").fetchone() == (2,)
+
+
 def test_the_file_is_set_to_lose_nothing(path):
     with study(path, [pair(1)]) as store:
         give(store, "ann")

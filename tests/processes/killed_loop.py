@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import matplotlib.figure  # noqa: F401
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -66,7 +65,8 @@ def one(moment: str) -> int:
 torch.set_num_threads(1)
 desk.AT_ONCE = 5
 machine.release = lambda: None  # a process that ends soon needs no memory back
-loop_page.kept = lambda folder, doing: nullcontext()  # the page is drawn at the end only
+loop_page.kept = lambda folder, doing: nullcontext()  # the page is drawn from what is compared here
+loop_page.write = lambda folder, doing="": folder
 os.fsync = lambda descriptor: None  # a kill loses nothing that was written; only a power cut would
 # What children need is loaded once.
 families.on_policy_classes()

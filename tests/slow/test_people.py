@@ -1,4 +1,4 @@
-"""The README's part on people, from its text alone: two policies, one person at the keyboard, a reward model, a loop."""
+"""The README's part on people, from its text alone: two policies, a person at the keyboard, a reward model, a loop."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ CHROMIUM = shutil.which("chromium")
 sync_api = pytest.importorskip("playwright.sync_api", reason="the page is read with playwright: pip install it")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not CHROMIUM, reason="the page is read in Chromium, and there is no `chromium` here"),
 ]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -111,23 +112,24 @@ def by_keyboard(link: str) -> tuple[list[str], str]:
 
 def test_two_policies_are_judged_by_keyboard_learned_from_and_improved_on(here: Path) -> None:
     label, agreement, export, reward, loop = COMMANDS
-    server = subprocess.Popen(command(label), cwd=here, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-    try:
-        said = "".join(told(server))
-        link = re.findall(r"http://127\.0\.0\.1:\d+/join/\S+", said)[0]
-        assert said.startswith("24 questions in labels.db.")
-        pressed, seen = by_keyboard(link)
-    finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(20)
+    with subprocess.Popen(command(label), cwd=here, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            said = "".join(told(server))
+            link = re.findall(r"http://127\.0\.0\.1:\d+/join/\S+", said)[0]
+            assert said.startswith("24 questions in labels.db.")
+            pressed, seen = by_keyboard(link)
+        finally:
+            server.send_signal(signal.SIGINT)
+            rest, _ = server.communicate(timeout=20)
     assert server.returncode == 0
+    assert f"Stopped. {ANSWERS} answers in labels.db" in rest
     # Nobody who answered could have seen who said what.
     assert "how is it?" in seen
     assert not re.search(r"runs/|sft|ppo|model", seen)
-    meant = {"ArrowLeft": Answer((1, 2)), "ArrowRight": Answer((2, 1)), "ArrowUp": Answer((1, 1)), "ArrowDown": Answer()}
+    ranks = {"ArrowLeft": (1, 2), "ArrowRight": (2, 1), "ArrowUp": (1, 1), "ArrowDown": None}
     with Store.read(here / "labels.db") as store:
         labels = store.labels()
-    assert [label.answer.reordered(label.order) for label in labels] == [meant[key] for key in pressed]
+    assert [label.answer.reordered(label.order) for label in labels] == [Answer(ranks[key]) for key in pressed]
     assert {(label.person, *(one.source["model"] for one in label.item.candidates)) for label in labels} == {
         ("Ann", "runs/sft/final", "runs/ppo/final")
     }

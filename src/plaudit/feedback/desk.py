@@ -17,6 +17,7 @@ from plaudit.errors import PlauditError
 from plaudit.feedback import serving
 from plaudit.feedback.forms import item_from_json, item_to_json
 from plaudit.feedback.items import Item, Label
+from plaudit.feedback.schema import lock_of
 from plaudit.feedback.store import Store
 from plaudit.records import rows
 from plaudit.run import write_atomically
@@ -105,7 +106,7 @@ class Desk:
 
 def _left(path: Path) -> None:
     """Waits for a server to end that has just lost its program: it gives the store up within moments."""
-    lock, until = path.with_name(f"{path.name}.lock"), time.monotonic() + GRACE
+    lock, until = lock_of(path), time.monotonic() + GRACE
     while lock.exists() and time.monotonic() < until:
         with lock.open("rb") as file:
             try:

@@ -46,7 +46,10 @@ def export(settings: Export) -> Path:
     if not (labels if as_table else rows):
         raise PlauditError(f"{settings.data}: holds nothing yet that can be exported as {settings.kind}.")
     text = table(labels) if as_table else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(path, gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text)
+    try:
+        write_atomically(path, gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text)
+    except OSError as error:
+        raise PlauditError(f"output: {path} cannot be written ({error.strerror}); name another file.") from None
     return path
 
 

@@ -160,7 +160,8 @@ def _undetermined(wins: Array, names: Sequence[str]) -> str:
 def _fitted(wins: Array) -> Array:
     import choix
 
-    strength: Array = choix.ilsr_pairwise_dense(wins)
+    # By default it gives up after 100 steps; a cycle of uneven wins can take thousands.
+    strength: Array = choix.ilsr_pairwise_dense(wins, max_iter=100_000)
     strength -= strength.mean()
     return strength
 

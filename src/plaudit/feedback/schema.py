@@ -171,12 +171,18 @@ def _prepare(db: sqlite3.Connection) -> None:
                 db.execute("ROLLBACK")
 
 
+def lock_of(path: Path) -> Path:
+    """The file whose lock is the hold on a store: one for a store, by whatever link it is named."""
+    file = path.resolve()
+    return file.with_name(f"{file.name}.lock")
+
+
 def hold(path: Path) -> int:
     """The hold on a store, which the system frees when the process ends, however it ends."""
-    file = path.resolve()  # one file has one hold, by whatever link it is named
+    file = lock_of(path)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(file.with_name(file.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise PlauditError(f"{path}: cannot be written ({error.strerror}); name another file.") from None
     try:

@@ -23,7 +23,7 @@ from starlette.routing import Route
 
 from plaudit.errors import PlauditError
 from plaudit.feedback import views
-from plaudit.feedback.access import Access, Guard, Session, read_json, same_site
+from plaudit.feedback.access import Access, Guard, Session, is_same, read_json, same_site
 from plaudit.feedback.assigning import Assignment, Rules
 from plaudit.feedback.forms import item_from_json
 from plaudit.feedback.items import read_answer
@@ -40,6 +40,8 @@ TYPES = {
 }
 MOST_TASKS = 20
 PER_PAGE = 50
+LARGEST = 10**15 - 1
+"""The largest priority; SQLite holds a few digits more."""
 AGREEMENT_EVERY = 10.0
 """Seconds for which figures of agreement are kept, because they cost more than everything else here."""
 
@@ -63,16 +65,19 @@ class Study:
     rules: Rules = field(default_factory=Rules)
 
 
-def application(store: Store, study: Study, access: Access) -> Starlette:
-    """The whole server, for uvicorn or any other ASGI server."""
-    return Desk(store, study, access).application()
+def application(
+    store: Store, study: Study, access: Access, renewed: Callable[[str, str], None] = lambda name, token: None
+) -> Starlette:
+    """The whole server, for uvicorn or any other ASGI server. `renewed` is told the name and the new token of everybody
+    whose old one has become void."""
+    return Desk(store, study, access, renewed).application()
 
 
 class Desk:
     """The handlers, over one store."""
 
-    def __init__(self, store: Store, study: Study, access: Access) -> None:
-        self.store, self.study, self.access = store, study, access
+    def __init__(self, store: Store, study: Study, access: Access, renewed: Callable[[str, str], None]) -> None:
+        self.store, self.study, self.access, self.renewed = store, study, access, renewed
         self.files = {path.name: (path.read_bytes(), TYPES[path.suffix]) for path in PAGES.iterdir()}
         self.figures: tuple[float, str, dict[str, Any]] = 0.0, "", {}
         # One works while the other waits for the disk. More would only stand before the store's lock, which they get
@@ -146,7 +151,7 @@ class Desk:
     async def join(self, request: Request) -> Response:
         """A link of one's own, or the study's, which asks for a name."""
         token = request.path_params["token"]
-        if token == self.study.joining:
+        if self._lets_join(token):
             return self._send("join.html")
         found = await self.access.find(token)
         if found is None:
@@ -161,10 +166,13 @@ class Desk:
         self.access.admit(request, response, token, role)
         return response
 
+    def _lets_join(self, token: str) -> bool:
+        return self.study.joining is not None and is_same(token, self.study.joining)
+
     async def enrol(self, request: Request) -> Response:
         """Makes a person of a name; only with the study's link."""
         same_site(request)
-        if request.path_params["token"] != self.study.joining:
+        if not self._lets_join(request.path_params["token"]):
             await self.access.find(request.path_params["token"])
             raise Refused(404, "This link is not known here; ask for another one.")
         self.access.enrol()
@@ -282,8 +290,8 @@ class Desk:
         """More items, which people get as soon as they ask."""
         _, body = await self._body(request, "manager")
         items, priority = body.get("items"), body.get("priority", 0)
-        if not isinstance(items, list) or type(priority) is not int:
-            raise Refused(400, "items: must be a list, and `priority` a whole number.")
+        if not isinstance(items, list) or type(priority) is not int or abs(priority) > LARGEST:
+            raise Refused(400, "items: must be a list, and `priority` a whole number of at most 15 digits.")
 
         def keep() -> int:
             read = [item_from_json(value, f"items[{place}]") for place, value in enumerate(items)]
@@ -294,9 +302,13 @@ class Desk:
     async def person(self, request: Request) -> Response:
         """A new person, or with `renew` a new token for a known one, whose old token is void."""
         _, body = await self._body(request, "manager")
-        make = self.store.renew if body.get("renew") is True else self.store.join
-        token = await self._do(make, _text(body, "name"))
-        self.access.forget()
+        name = _text(body, "name")
+        if body.get("renew") is True:
+            token = await self._do(self.store.renew, name)
+            self.access.forget()
+            await self._do(self.renewed, name, token)
+        else:
+            token = await self._do(self.store.join, name)
         return JSONResponse({"token": token})
 
     async def review(self, request: Request) -> Response:
@@ -347,6 +359,6 @@ def _text(body: Mapping[str, Any], name: str) -> str:
 
 def _count(request: Request, name: str, least: int, most: int) -> int:
     value = request.query_params.get(name, str(least))
-    if not (value.isascii() and value.isdecimal() and least <= int(value) <= most):
+    if not (value.isascii() and value.isdecimal() and len(value) < 16 and least <= int(value) <= most):
         raise Refused(400, f"{name}: is a whole number from {least} to {most}.")
     return int(value)

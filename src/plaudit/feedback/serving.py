@@ -108,6 +108,7 @@ def _serve(
 ) -> None:
     import uvicorn
 
+    from plaudit.feedback import secret
     from plaudit.feedback.access import Access
     from plaudit.feedback.server import application
 
@@ -117,8 +118,14 @@ def _serve(
     names = {*LOOPBACK, *options.hostnames, *((options.host, socket.gethostname()) if wide else ())}
     access = Access(store.who, known.manager, known.study, names, wide)
     url = f"http://{_named(options, wide)}:{known.port}"
+
+    def renewed(name: str, token: str) -> None:
+        if name in known.people:  # or the next start would find the old link void, and make this one void too
+            known.people[name] = token
+            secret.save(Path(store.path), known)
+
     config = uvicorn.Config(
-        application(store, study, access),
+        application(store, study, access, renewed),
         log_config=None,
         log_level="error",
         access_log=False,

@@ -183,7 +183,7 @@ class Store:
         First what the person holds already, as it was shown; then, of what fewer than `rules.overlap` people have or
         hold, the highest priority, the nearest to its overlap, the oldest; last what the person skipped.
         """
-        with self._change() as db:
+        with self._change(at_once=False) as db:
             numbers = lease(db, recording.person(db, person), count, rules, now)
             return [standing.assignment(db, number) for number in numbers]
 
@@ -281,12 +281,14 @@ class Store:
                 self._db.execute("COMMIT")
 
     @contextmanager
-    def _change(self) -> Iterator[sqlite3.Connection]:
-        """All of a change or nothing, and on the disk once this ends."""
+    def _change(self, at_once: bool = True) -> Iterator[sqlite3.Connection]:
+        """All of a change or nothing, and on the disk once this ends; or, unless `at_once`, once the next one ends that
+        is: should the power fail before, only a question has to be given out again."""
         if self._hold < 0:
             raise PlauditError(f"{self.path}: was opened for reading only.")
         with self._lock:
             try:
+                self._db.execute(f"PRAGMA synchronous = {'FULL' if at_once else 'NORMAL'}")
                 self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
                 self._db.execute("COMMIT")

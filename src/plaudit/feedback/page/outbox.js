@@ -94,10 +94,12 @@ export class Outbox {
     this.running = false;
   }
 
-  // Another tab may have opened another link: nothing is ever sent in somebody else's name.
+  // Another tab may have opened another link: nothing is ever sent in somebody else's name, nor while the page goes.
   async again() {
     const study = await hello().catch(() => null);
-    if (study && study.person !== this.person) location.reload();
+    if (!study || study.person === this.person) return;
+    location.reload();
+    await new Promise(() => {});
   }
 
   done(entry) {

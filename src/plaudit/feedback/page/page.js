@@ -12,6 +12,7 @@ const QUESTIONS = { compare: "Which answer is better?", rank: "Put the answers i
 const $ = id => document.getElementById(id);
 let study, kept, outbox;
 let queue = [], task = null, draft = {}, gone = new Set(), counts = { mine: 0, left: 0, per_minute: 0 };
+const FORGOTTEN = 30 * 86400 * 1000;  // milliseconds after which a draft is thrown away
 let loading = false, wanted = false, undoing = false, since = 0, spent = 0;
 
 // ------------------------------------------------------------------------------------------ what is shown
@@ -57,12 +58,16 @@ function choices() {
 function show() {
   const now = Date.now();  // a lease that has run out belongs to others: ask again rather than show it
   queue = queue.filter(one => now - one.got < 1000 * one.lease_seconds);
+  const before = task;
   task = queue[0] || null;
   for (const name of ["task", "choices", "strength", "open-note", "open-rewrite", "skip"]) $(name).hidden = !task;
   $("rest").hidden = Boolean(task);
   $("panel").hidden = false;
   paintCounts();
-  if (!task) return;
+  if (!task) {
+    if (before) $("rest-title").focus();
+    return;
+  }
   draft = kept.get(`draft:${task.assignment}`) || {};
   [since, spent] = [performance.now(), 0];
   $("prompt").replaceChildren(...turns(task.prompt));
@@ -128,7 +133,8 @@ function paintSending(error) {
   const waiting = outbox.entries.length;
   const many = waiting === 1 ? "1 answer waits" : `${waiting} answers wait`;
   const why = error && (error.status ? error.message : "No connection to the server.");
-  $("sending").textContent = error ? `${why} ${waiting ? `${many} in this browser and will be sent.` : "Trying again."}` : "";
+  const text = error ? `${why} ${waiting ? `${many} in this browser and will be sent.` : "Trying again."}` : "";
+  if ($("sending").textContent !== text) $("sending").textContent = text;  // else it is read aloud at every try
 }
 
 const say = text => { $("said").textContent = text; };
@@ -136,7 +142,8 @@ const say = text => { $("said").textContent = text; };
 // ------------------------------------------------------------------------------------------ what is decided
 
 function decide(change) {
-  draft = { ...draft, ...change };
+  task.touched = Date.now();
+  draft = { ...draft, ...change, at: task.touched };
   kept.set(`draft:${task.assignment}`, draft);
   paint();
 }
@@ -169,12 +176,18 @@ function submit(change) {
     say(missing);
     return;
   }
+  const long = ["note", "rewrite"].find(name => (draft[name] || "").length > $(name).maxLength);
+  if (long) {  // a text that starts from an answer can be
+    write(long);
+    say(`This text is too long: ${draft[long].length} characters of at most ${$(long).maxLength}.`);
+    return;
+  }
   const ms = Math.round(spent + performance.now() - since);
   const { assignment } = task;
   counts = { ...counts, mine: counts.mine + 1, left: Math.max(counts.left - 1, 0) };
   leave();
   say(`Answered: ${words}.`);
-  outbox.add("/api/answer", { assignment, ms, answer }).then(value => tally(value.progress), error => say(error.message));
+  outbox.add("/api/answer", { assignment, ms, answer }).then(value => tally(value.progress), error => { gone.delete(assignment); say(error.message); });
 }
 
 function skip() {
@@ -201,7 +214,7 @@ async function undo() {
     const { task: earlier, answer } = await outbox.add("/api/undo", {});
     if (earlier) {
       gone.delete(earlier.assignment);
-      kept.set(`draft:${earlier.assignment}`, answer);
+      kept.set(`draft:${earlier.assignment}`, { ...answer, at: Date.now() });
       queue = [{ ...earlier, got: Date.now() }, ...queue.filter(one => one.assignment !== earlier.assignment)];
       counts = { ...counts, mine: Math.max(counts.mine - 1, 0), left: counts.left + 1 };
       show();
@@ -220,6 +233,9 @@ function tally(progress) {
   paintCounts();
 }
 
+// Whoever is at work on a question keeps it; one that is only open goes to others in the end.
+const lapsing = () => task?.touched > task?.got && Date.now() - task.got > 500 * task.lease_seconds;
+
 async function more() {
   wanted = true;
   if (loading) return;
@@ -229,6 +245,10 @@ async function more() {
     try {
       const got = await call(`/api/next?count=${AHEAD}`);
       const here = id => gone.has(id) || outbox.holds(id) || queue.some(one => one.assignment === id);
+      for (const { assignment, lease_seconds } of got.tasks) {
+        const held = queue.find(one => one.assignment === assignment);
+        if (held) Object.assign(held, { lease_seconds, got: Date.now() });
+      }
       queue.push(...got.tasks.filter(one => !here(one.assignment)).map(one => ({ ...one, got: Date.now() })));
       tally(got.progress);
       if (!outbox.entries.length) paintSending(null);
@@ -247,11 +267,13 @@ async function start() {
     await sleep(POLL);
     return start();
   }
-  kept = new Kept(`plaudit:${study.study}:${study.person}:`);
+  kept = new Kept(`plaudit:${study.study}:${encodeURIComponent(study.person)}:`);
+  for (const name of kept.names("draft:")) if (!(kept.get(name)?.at > Date.now() - FORGOTTEN)) kept.remove(name);
   outbox = new Outbox(kept, study.person, error => {
     paintSending(error);
     if (!error && queue.length < AHEAD) more();
   });
+  for (const entry of outbox.entries) entry.reject = error => say(error.message);
   document.title = $("title").textContent = study.title;
   $("person").textContent = study.person;
   $("instructions").textContent = study.instructions;
@@ -262,7 +284,7 @@ async function start() {
     $(`open-${name}`).addEventListener("click", () => write(name));
   }
   $("skip").addEventListener("click", event => { if (event.detail < 2) skip(); });
-  $("undo").addEventListener("click", undo);
+  $("undo").addEventListener("click", event => { if (event.detail < 2) undo(); });
   const actions = { task: () => task, study, choose, place, submit, decide, strengthen, skip, undo, write, thumbs };
   $("keys").addEventListener("click", () => showHelp(actions));
   listen(actions);
@@ -270,7 +292,7 @@ async function start() {
     if (document.hidden) spent += performance.now() - since;
     else since = performance.now();
   });
-  setInterval(() => { if (!document.hidden && queue.length < AHEAD) more(); }, POLL);
+  setInterval(() => { if (!document.hidden && (queue.length < AHEAD || lapsing())) more(); }, POLL);
   outbox.run();
   more();
 }

@@ -16,7 +16,7 @@ const $ = id => document.getElementById(id);
 const cell = (tag, text) => make(tag, tag === "th" ? { scope: "col" } : {}, text);
 const percent = share => (share && share.value !== null ? `${Math.round(100 * share.value)} %` : "–");
 const plural = (count, one) => `${count} ${one}${count === 1 ? "" : "s"}`;
-let page = 1, pages = 1, about = {}, look = {}, seen = "";
+let page = 1, pages = 1, about = {}, look = {}, known = false, looking = false, wanted = false;
 
 function figure({ value, low, high, why }) {
   if (value === null || value === undefined) return [make("b", {}, "–"), make("small", {}, why || "")];
@@ -65,12 +65,12 @@ function source(candidate) {
   return entries.map(([name, value]) => `${name}: ${typeof value === "string" ? value : JSON.stringify(value)}`).join(" · ");
 }
 
-function labelRow(label) {
+function labelRow(label, name) {
   const flags = [label.gold && "gold", label.repeat && "asked again", label.answer.note && "note",
     label.answer.rewrite && "rewrite"].filter(Boolean);
   const when = new Date(1000 * label.answered_at);
   const short = typeof label.prompt === "string" ? label.prompt : label.prompt.map(turn => turn.content).join(" ");
-  const details = make("details", { "data-id": label.id }, make("summary", {},
+  const details = make("details", { "data-name": name }, make("summary", {},
     make("b", { dir: "auto" }, label.person), make("span", { class: "verdict" }, words(label)),
     make("span", { class: "start", dir: "auto" }, short.slice(0, 160)),
     make("span", { class: "flags" }, ...flags.map(flag => make("i", {}, flag))),
@@ -104,25 +104,46 @@ function paint() {
   $("page").textContent = `${page} of ${Math.max(pages, 1)}`;
   $("newer").disabled = page <= 1;
   $("older").disabled = page >= pages;
-  const ids = look.labels.map(label => label.id).join();
-  if (ids === seen) return;  // what somebody has opened stays open
-  seen = ids;
-  $("labels").replaceChildren(...look.labels.map(labelRow));
+  paintLabels();
 }
 
-async function refresh() {
-  try {
-    look = await call(`/api/review?page=${page}`);
-    pages = look.pages;
-    paint();
-    about = await call("/api/agreement");
-    paintPeople();
-    paintAgreement();
-    $("problem").textContent = "";
-  } catch (error) {
-    $("problem").textContent = error.status ? error.message : "No connection to the server; trying again.";
+// New answers come above; what somebody has opened stays open, and keeps the focus.
+function paintLabels() {
+  const name = label => `${label.id} ${label.answered_at}`;
+  const names = new Set(look.labels.map(name));
+  for (const row of [...$("labels").children]) if (!names.has(row.dataset.name)) row.remove();
+  let below = $("labels").firstChild;
+  for (const label of look.labels) {
+    if (below?.dataset.name === name(label)) below = below.nextSibling;
+    else $("labels").insertBefore(labelRow(label, name(label)), below);
   }
 }
+
+// One look at a time; who turns the page meanwhile gets another one at once.
+async function refresh() {
+  wanted = true;
+  if (looking) return;
+  looking = true;
+  while (wanted) {
+    wanted = false;
+    try {
+      if (!known) known = Boolean(await hello("manager"));
+      look = await call(`/api/review?page=${page}`);
+      if (wanted) continue;
+      pages = look.pages;
+      paint();
+      about = await call("/api/agreement");
+      paintPeople();
+      paintAgreement();
+      tell("");
+    } catch (error) {
+      tell(error.status ? error.message : "No connection to the server; trying again.");
+    }
+  }
+  looking = false;
+}
+
+const tell = text => { if ($("problem").textContent !== text) $("problem").textContent = text; };
 
 const turn = step => { page = Math.min(Math.max(page + step, 1), Math.max(pages, 1)); refresh(); };
 $("newer").addEventListener("click", () => turn(-1));
@@ -139,5 +160,5 @@ $("link").addEventListener("submit", async event => {
   } catch (error) { $("made").textContent = error.message; }
 });
 
-hello("manager").then(refresh);
-setInterval(() => { if (!document.hidden) refresh(); }, EVERY);
+refresh();
+setInterval(() => { if (!document.hidden && !looking) refresh(); }, EVERY);
