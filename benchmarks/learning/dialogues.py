@@ -190,7 +190,7 @@ def draw(curves: dict[tuple[str, int], dict[str, list[float]]], path: Path) -> N
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("loss")
     panels[0].legend()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:

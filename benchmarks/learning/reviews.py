@@ -125,8 +125,9 @@ def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
         )
     axes.set_xlabel("KL to the SFT model, nats a completion")
     axes.set_ylabel("judge (VADER compound, mean)")
+    axes.margins(0.08)
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
