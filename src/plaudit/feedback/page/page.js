@@ -64,10 +64,8 @@ function show() {
   $("rest").hidden = Boolean(task);
   $("panel").hidden = false;
   paintCounts();
-  if (!task) {
-    if (before) $("rest-title").focus();
-    return;
-  }
+  if (before && !task) $("rest-title").focus();
+  if (!task) return;
   draft = kept.get(`draft:${task.assignment}`) || {};
   [since, spent] = [performance.now(), 0];
   $("prompt").replaceChildren(...turns(task.prompt));
