@@ -12,7 +12,7 @@ from plaudit.policy import Output
 class OneToken(torch.nn.Module):
     """One logit for each answer."""
 
-    adapter, frozen, value = None, 0, None
+    adapter, frozen, value, begins_at_reference = None, 0, None, True
 
     def __init__(self, logits):
         super().__init__()
