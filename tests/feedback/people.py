@@ -24,7 +24,7 @@ def call(url: str, token: str, body: Any = None) -> Any:
     headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
     data = None if body is None else json.dumps(body).encode()
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(urllib.request.Request(url, data, headers), timeout=10) as reply:
+    with opener.open(urllib.request.Request(url, data, headers), timeout=60) as reply:
         return json.load(reply)
 
 

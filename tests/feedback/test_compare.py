@@ -67,10 +67,14 @@ def test_people_decide_blind_and_their_answers_stay(here, capsys):
 
 
 def test_ctrl_c_tells_the_figures_so_far_and_the_same_command_goes_on(here, capsys):
+    stopped = threading.Event()
+
     def interrupt():
         while len(done) < 2:
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
+        while not stopped.is_set():  # one that falls into a destructor is lost
+            os.kill(os.getpid(), signal.SIGINT)
+            stopped.wait(20)
 
     def left(prompt, answers):
         return {"choice": "left"}
@@ -80,6 +84,7 @@ def test_ctrl_c_tells_the_figures_so_far_and_the_same_command_goes_on(here, caps
         watcher.start()
         with pytest.raises(KeyboardInterrupt):
             compare(settings(people=True))
+        stopped.set()
         watcher.join()
     assert "ppo is preferred to sft in " in capsys.readouterr().err
     assert not (here / "out" / "summary.json").exists()

@@ -400,6 +400,7 @@ def same(whole: Path, broken: Path) -> None:
     assert weights(broken) == weights(whole)
 
 
+@pytest.mark.slow
 def test_killed_between_two_reward_models_it_ends_with_the_bits_of_one_that_was_not(whole, tmp_path):
     broken = prepare(tmp_path)
     assert killed(broken, "step:3") == [-9, 0]
