@@ -66,15 +66,20 @@ def test_people_decide_blind_and_their_answers_stay(here, capsys):
     assert (here / "out" / "summary.json").read_bytes() == before
 
 
-def test_ctrl_c_tells_the_figures_so_far_and_the_same_command_goes_on(here, capsys):
-    stopped = threading.Event()
+@pytest.fixture
+def _interruptible():
+    """Shells start what runs in the background deaf to Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
+
+@pytest.mark.usefixtures("_interruptible")
+def test_ctrl_c_tells_the_figures_so_far_and_the_same_command_goes_on(here, capsys):
     def interrupt():
         while len(done) < 2:
             time.sleep(0.02)
-        while not stopped.is_set():  # one that falls into a destructor is lost
-            os.kill(os.getpid(), signal.SIGINT)
-            stopped.wait(20)
+        os.kill(os.getpid(), signal.SIGINT)
 
     def left(prompt, answers):
         return {"choice": "left"}
@@ -84,7 +89,6 @@ def test_ctrl_c_tells_the_figures_so_far_and_the_same_command_goes_on(here, caps
         watcher.start()
         with pytest.raises(KeyboardInterrupt):
             compare(settings(people=True))
-        stopped.set()
         watcher.join()
     assert "ppo is preferred to sft in " in capsys.readouterr().err
     assert not (here / "out" / "summary.json").exists()
