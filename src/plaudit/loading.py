@@ -264,7 +264,7 @@ def _finish(policy: Policy, name: str, precision: str) -> Policy:
     policy.stored_dtype = AutoConfig.from_pretrained(name, trust_remote_code=False).dtype or torch.float32
     policy.autocasts = precision == "bfloat16"
     if policy.autocasts and policy.stored_dtype == torch.bfloat16:
-        for parameter in policy.parameters():
+        for parameter in policy.backbone.parameters():  # heads are no copies of what is on disk
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
     return policy

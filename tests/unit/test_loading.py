@@ -168,6 +168,16 @@ def test_what_learns_is_float32_and_only_what_loses_nothing_shrinks(folders, sto
         assert parameter.dtype == (torch.bfloat16 if small else torch.float32)
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_heads_stay_float32_and_their_targets_follow_whatever_the_model_is_stored_in(folders, learns):
+    policy = load_policy(folders["llama-bf16"], precision="bfloat16", action_heads=True, learns=learns)
+    assert {parameter.dtype for parameter in policy.heads.parameters()} == {torch.float32}
+    with torch.no_grad():
+        policy.heads.q[0].out.bias.fill_(2.0)
+    policy.heads.follow(0.25)
+    torch.testing.assert_close(policy.heads.target[0].out.bias, torch.full_like(policy.heads.q[0].out.bias, 0.5))
+
+
 def test_saving_what_never_learned_changes_nothing(folders, tmp_path):
     for name in ("llama", "gpt2-bf16", "untied"):
         policy = load_policy(folders[name], precision="bfloat16", learns=False)
