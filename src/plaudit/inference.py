@@ -67,8 +67,10 @@ def sample(settings: Sample) -> Path | None:
     prompts = None if settings.data is None else data.load(settings.data, Prompt, settings.split)
     if prompts is not None and Path(settings.output).exists():
         raise PlauditError(f"output: {settings.output} exists already: name another file, or remove it.")
+    from plaudit.comparing import load
+
     world = start_world(settings)
-    policy, template = _load(sources.resolve(settings.model), world, settings.temperature, settings.ilql_beta)
+    policy, template = load(sources.resolve(settings.model), world, settings.temperature, settings.ilql_beta)
     if prompts is None:
         _interactive(settings, policy, template, world)
         return None
@@ -100,13 +102,6 @@ def _asked(settings: Common, template: Template, loaded: Loaded[Prompt], chosen:
     return asked
 
 
-def _load(model: str, world: World, temperature: float, guidance: float) -> tuple[Policy, Template]:
-    """See `comparing.load`."""
-    from plaudit.comparing import load
-
-    return load(model, world, temperature, guidance)
-
-
 def _limits(settings: Any, template: Template, **filters: Any) -> Sampling:
     from plaudit.sampler import Sampling
 
@@ -129,7 +124,7 @@ def _compare(settings: Evaluate, named: dict[str, str], reference: str, prompts:
     started = time.perf_counter()
     world = start_world(settings)
     # The reference of KL and perplexity is never guided, even if it is one of the policies.
-    policy, template = _load(reference, world, settings.temperature, 0.0)
+    policy, template = comparing.load(reference, world, settings.temperature, 0.0)
     distinct = list({data.key_of(prompt.prompt): prompt for prompt in prompts.records}.values())
     asked = _asked(settings, template, prompts, distinct)[: settings.prompts]
     bar, task = hooks.progress_bar("evaluate", len(asked) * len(named), unit="completions")
@@ -138,7 +133,7 @@ def _compare(settings: Evaluate, named: dict[str, str], reference: str, prompts:
         for name, folder in named.items():
             own = policy
             if folder != reference or (settings.ilql_beta and checks.has_action_heads(folder)):
-                own, _ = _load(folder, world, settings.temperature, settings.ilql_beta)
+                own, _ = comparing.load(folder, world, settings.temperature, settings.ilql_beta)
             limits = _limits(settings, template)
             batch, texts = comparing.answer(
                 own,

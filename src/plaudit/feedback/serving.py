@@ -106,8 +106,6 @@ def _serve(
     ready: Callable[[Links], None],
     stop: threading.Event,
 ) -> None:
-    import uvicorn
-
     from plaudit.feedback import secret
     from plaudit.feedback.access import Access
     from plaudit.feedback.server import application
@@ -124,17 +122,7 @@ def _serve(
             known.people[name] = token
             secret.save(Path(store.path), known)
 
-    config = uvicorn.Config(
-        application(store, study, access, renewed),
-        log_config=None,
-        log_level="error",
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        ws="none",
-        timeout_graceful_shutdown=1,
-    )
-    server = uvicorn.Server(config)
+    server = _quiet_server(application(store, study, access, renewed))
 
     def end(*_: object) -> None:
         server.should_exit = True
@@ -162,6 +150,23 @@ def _serve(
         if in_main:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _quiet_server(application: Any) -> Any:
+    """uvicorn's, which says nothing but errors and ends within a second."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        application,
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=1,
+    )
+    return uvicorn.Server(config)
 
 
 def _study(options: Options, store: Any, joining: str | None) -> Any:
