@@ -1,4 +1,4 @@
-"""Files in and out of a store: the verbs `import` and `export`, and the forms that items and labels have outside."""
+"""Files in and out of a store: the verbs `import` and `export`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,8 @@ from pathlib import Path
 
 from plaudit import config
 from plaudit.errors import PlauditError
-from plaudit.feedback.candidates import read_items as read_items
 from plaudit.feedback.exporting import rows_of, table
-from plaudit.feedback.forms import item_from_json as item_from_json
-from plaudit.feedback.forms import item_to_json as item_to_json
-from plaudit.feedback.forms import label_from_json as label_from_json
-from plaudit.feedback.forms import label_to_json as label_to_json
-from plaudit.feedback.importing import read_labels as read_labels
+from plaudit.feedback.importing import read_labels
 from plaudit.feedback.items import Label
 from plaudit.feedback.store import Store
 from plaudit.run import write_atomically
