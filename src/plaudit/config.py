@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, make_dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from plaudit.errors import PlauditError
 
@@ -271,6 +271,7 @@ def from_arguments(cls: type[S], argv: Sequence[str], prog: str) -> S:
     prints the fields of `cls` and exits with 0. Raises PlauditError for anything that is not understood or allowed.
     """
     words, config = _words(cls, argv, prog)
+    words = _gathered(cls, words)
     given = {} if config is None else _values(cls, read_yaml(config), config)
     flags = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
     missing = [name for name in _required(cls) if name not in given and name not in flags]
@@ -313,6 +314,28 @@ def _words(cls: type[DataclassInstance], argv: Sequence[str], prog: str) -> tupl
         else:
             words.append(word)
     return words, config
+
+
+def _gathered(cls: type[DataclassInstance], words: Sequence[str]) -> list[str]:
+    """The arguments with a list that is given in parts, `--data a --data b`, as one: tyro would keep the last part."""
+    groups: dict[str, list[str]] = {}
+    current: list[str] = groups.setdefault("", [])
+    for place, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not word.startswith("--"):
+            current.append(word)
+        elif _is_list(_hints(cls).get(name)):
+            current = groups.setdefault(name, [flag])
+            current += [value] if equals else []
+        else:
+            current = groups.setdefault(f"{place} {name}", [word])
+    return [word for group in groups.values() for word in group]
+
+
+def _is_list(hint: Any) -> bool:
+    """Whether several values may follow the flag of a field with this hint."""
+    return get_origin(hint) is tuple or any(get_origin(part) is tuple for part in get_args(hint))
 
 
 def _parsed(cls: type[DataclassInstance], words: Sequence[str], given: Mapping[str, Any], prog: str) -> Any:

@@ -378,6 +378,19 @@ def test_several_files_are_one_flag():
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ("--data", "a", "--data", "b", "c"),
+        ("--data=a", "--steps", "3", "--data", "b", "c", "--dry-run"),
+        ("--data", "a", "b", "--no-shuffle", "--data=c"),
+    ],
+)
+def test_a_list_may_be_given_in_parts(words):
+    assert arguments("--model", "m", *words).data == ("a", "b", "c")
+    assert arguments(*GIVEN, "--weights", "1", "--weights", "2.5").weights == (1.0, 2.5)
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (("--learning-rat", "1"), "there is no flag --learning-rat; the nearest is --learning-rate."),
