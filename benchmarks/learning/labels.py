@@ -5,9 +5,10 @@ python benchmarks/learning/labels.py [--labels 100 300 1000] [--queries random d
     [--seeds 0 1 2] [--samples 1536] [--base runs/quickstart] [--hidden recipes/judge.py:vader] [--output FOLDER]
 
 A program answers, which likes what `--hidden` likes, at a temperature, and gives every tenth answer at random. All
-loops begin as the quickstart's SFT model and see as many samples. Cells that are done are read from `cells.json`, so
-the same command goes on where it was stopped; the weights of a loop are removed once it is judged. Prints a table and
-how long each cell took, and draws `labels.png`. The quickstart must have been run before.
+loops begin as the quickstart's SFT model and see as many samples. A cell that is done is read from its folder, so the
+same command goes on where it was stopped, and several may share the work if each is given seeds of its own; the weights
+of a loop are removed once it is judged. Prints a table and how long each cell took, and draws `labels.png`. The
+quickstart must have been run before.
 """
 
 from __future__ import annotations
@@ -128,24 +129,23 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--output", type=Path, default=Path("runs/learning-labels"))
     arguments = parser.parse_args()
-    path = arguments.output / "cells.json"
-    cells: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    cells: dict[str, Any] = {}
     wanted = [(0, "none", "none", seed) for seed in arguments.seeds]
     wanted += sorted(product(arguments.labels, arguments.queries, arguments.ways, arguments.seeds))
     for number, (labels, queries, way, seed) in enumerate(wanted, 1):
         name = f"{queries}-{way}-{labels}-{seed}"
-        if name in cells:
-            continue
-        with Guard() as guard:
-            if labels:
-                cells[name] = cell(arguments, labels, queries, way, seed)
-            else:
-                base = arguments.base / "sft" / "final"
-                cells[name] = judged(arguments, base, arguments.output / f"sft-{seed}", seed)
-        cells[name]["others"] = guard.others
-        write_atomically(path, json.dumps(cells, indent=2) + "\n")
-        for trained in (arguments.output / name).glob("round-*/*/"):
-            shutil.rmtree(trained)
+        path = arguments.output / f"{name}.json"
+        if not path.exists():
+            with Guard() as guard:
+                if labels:
+                    found = cell(arguments, labels, queries, way, seed)
+                else:
+                    base = arguments.base / "sft" / "final"
+                    found = judged(arguments, base, arguments.output / f"sft-{seed}", seed)
+            write_atomically(path, json.dumps({**found, "others": guard.others}, indent=2) + "\n")
+            for trained in (arguments.output / name).glob("round-*/*/"):
+                shutil.rmtree(trained)
+        cells[name] = json.loads(path.read_text())
         took = f", {cells[name]['seconds']:.0f} s" if labels else ""
         print(f"{number}/{len(wanted)} {name}: judge {cells[name]['judge']:.3f}{took}", file=sys.stderr, flush=True)
     table(arguments, cells)
