@@ -27,6 +27,7 @@ from plaudit import (
 )
 from plaudit.families import family_of
 from plaudit.settings import FAMILIES
+from plaudit.settings.policy_gradient import PolicyGradient
 
 LETTERS = "abcdefgh"
 PREFERENCES = FAMILIES["Direct preference"]
@@ -203,6 +204,27 @@ def settings(kind: str, at: Path, output: Path, **changes: Any) -> Any:
     ways: dict[str, dict[str, Any]] = {"ppo": {}, "ppo-top": {"train_layers": 1}, "ppo-adapter": {"lora_rank": 2}}
     ways["ppo-top"] |= {"dual_clip": 1.3, "whiten_rewards": True}
     return PPO(**{**common, **sampled, **ways[kind], **changes})
+
+
+def pleasing(kind: type, talker: Path, folder: Path, **changes: Any) -> Any:
+    """Settings of a run that starts from the talker and learns to say as many a as it can."""
+    given = {
+        "model": str(talker),
+        "data": tiny.lines(folder / "prompts.jsonl", [{"prompt": f"{i} "} for i in range(100)]),
+        "output": str(folder / "run"),
+        "rewards": "count:a",
+        "holdout": 0.0,
+        "max_new_tokens": 8,
+        "rollout": 64,
+        "batch_size": 64,
+        "learning_rate": 5e-3,
+        "steps": 30,
+        "precision": "float32",
+        "save_every": 0,
+    }
+    if issubclass(kind, PolicyGradient):
+        given["kl"] = 0.0
+    return kind(**{**given, **changes})
 
 
 def built(settings: Any) -> Any:

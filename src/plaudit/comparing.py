@@ -22,7 +22,7 @@ from plaudit.world import World
 
 
 @dataclass
-class Answers:
+class Said:
     """What one policy said to each prompt, and what was thought of it. logprobs and reference are the sums of its
     tokens' log-probabilities, under itself and under the reference, in nats."""
 
@@ -88,7 +88,7 @@ def answer(
     return batch, [template.decode(ids) for ids in completions]
 
 
-def compare(named: dict[str, Answers], positive: float) -> dict[str, Any]:
+def compare(named: dict[str, Said], positive: float) -> dict[str, Any]:
     """The figures of each policy, and how often each beats the first by the judge."""
     result: dict[str, Any] = {name: answers.figures(positive) for name, answers in named.items()}
     first, *others = named.values()

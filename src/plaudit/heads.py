@@ -13,7 +13,7 @@ from torch.nn import functional
 from plaudit.numerics import token_logprobs
 
 
-class Judged(NamedTuple):
+class Worth(NamedTuple):
     """What heads say of N states and of the tokens that were taken there.
 
     values      (N,) V(s)
@@ -65,13 +65,13 @@ class ActionHeads(nn.Module):
         self.v = Perceptron(width, 1)
         self.target = copy.deepcopy(self.q).requires_grad_(False)
 
-    def forward(self, states: Tensor, tokens: Tensor) -> Judged:
+    def forward(self, states: Tensor, tokens: Tensor) -> Worth:
         """states (N, d), tokens (N,). The Q of a whole vocabulary are never all held, see `token_logprobs`."""
         inner = [head.inner(states) for head in self.q]
         heads = list(zip(self.q, inner, strict=True))
         with torch.no_grad():
             targets = [head.at(head.inner(states), tokens) for head in self.target]
-        return Judged(
+        return Worth(
             values=self.v.at(self.v.inner(states), torch.zeros_like(tokens)),
             q=torch.stack([head.at(z, tokens) for head, z in heads], 1),
             q_logprobs=torch.stack(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from plaudit.algorithms.on_policy import Asked
-    from plaudit.comparing import Answers
+    from plaudit.comparing import Said
     from plaudit.policy import Policy
     from plaudit.sampler import Sampled, Sampling
     from plaudit.templates import Template
@@ -182,16 +182,16 @@ def _answers(
     rewards: Any,
     judge: Any,
     world: World,
-) -> Answers:
+) -> Said:
     from plaudit.algorithms.on_policy import score
-    from plaudit.comparing import Answers
+    from plaudit.comparing import Said
 
     reward = score(rewards, asked, texts, world)
     opinion = reward if judge is rewards else score(judge, asked, texts, world)
-    return Answers(texts, batch.actions.sum(1).tolist(), reward, opinion, logprobs, kept)
+    return Said(texts, batch.actions.sum(1).tolist(), reward, opinion, logprobs, kept)
 
 
-def _side_by_side(asked: list[Asked], answers: dict[str, Answers], shown: int) -> list[dict[str, Any]]:
+def _side_by_side(asked: list[Asked], answers: dict[str, Said], shown: int) -> list[dict[str, Any]]:
     rows = []
     for i in range(min(shown, len(asked))):
         row: dict[str, Any] = {"prompt": asked[i].record.prompt}

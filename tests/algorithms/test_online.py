@@ -9,29 +9,9 @@ import torch
 
 import examples
 import plaudit
-import tiny
 from plaudit import BestOfN, OnlineDPO
 from plaudit.algorithms.online import extremes
 from plaudit.trainer import Trainer
-
-
-def learning(kind, talker, tmp_path, **changes):
-    """Settings of a run that starts from the talker."""
-    given = {
-        "model": str(talker),
-        "data": tiny.lines(tmp_path / "prompts.jsonl", [{"prompt": f"{i} "} for i in range(100)]),
-        "output": str(tmp_path / "run"),
-        "rewards": "count:a",
-        "holdout": 0.0,
-        "max_new_tokens": 8,
-        "rollout": 64,
-        "batch_size": 64,
-        "learning_rate": 5e-3,
-        "steps": 20,
-        "precision": "float32",
-        "save_every": 0,
-    }
-    return kind(**{**given, **changes})
 
 
 def figures_of(algorithm, batch):
@@ -43,7 +23,7 @@ def figures_of(algorithm, batch):
 
 @pytest.mark.parametrize("kind", [OnlineDPO, BestOfN], ids=lambda kind: kind.__name__)
 def test_it_learns_to_please_a_count(kind, talker, tmp_path):
-    run = plaudit.train(learning(kind, talker, tmp_path, group=4))
+    run = plaudit.train(examples.pleasing(kind, talker, tmp_path, group=4, steps=20))
     scores = [line["score"] for line in run.metrics()]
     assert scores[0] < 1
     assert scores[-1] > 2.5, scores  # of 8

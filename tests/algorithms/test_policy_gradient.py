@@ -19,26 +19,6 @@ LETTERS = {letter: tiny.tokenizer()(letter).input_ids[0] for letter in examples.
 GROUPED = (RLOO, GRPO, DrGRPO, DAPO, GSPO, CISPO)
 
 
-def learning(kind, talker, tmp_path, **changes):
-    """Settings of a run that starts from the talker."""
-    given = {
-        "model": str(talker),
-        "data": tiny.lines(tmp_path / "prompts.jsonl", [{"prompt": f"{i} "} for i in range(100)]),
-        "output": str(tmp_path / "run"),
-        "rewards": "count:a",
-        "holdout": 0.0,
-        "max_new_tokens": 8,
-        "rollout": 64,
-        "batch_size": 64,
-        "learning_rate": 5e-3,
-        "steps": 30,
-        "kl": 0.0,
-        "precision": "float32",
-        "save_every": 0,
-    }
-    return kind(**{**given, **changes})
-
-
 def built(kind, at, tmp_path, **changes):
     return examples.built(examples.settings(kind, at, tmp_path / "run", **changes))
 
@@ -60,7 +40,7 @@ def test_it_learns_to_please_a_count(kind, talker, tmp_path):
         changes |= {"reuse": 2, "steps": 28}
     if kind is GSPO:  # clips as narrow as for long texts would hold these few steps back
         changes |= {"clip_low": 0.05, "clip_high": 0.05}
-    run = plaudit.train(learning(kind, talker, tmp_path, **changes))
+    run = plaudit.train(examples.pleasing(kind, talker, tmp_path, **changes))
     scores = [line["score"] for line in run.metrics() if "score" in line]
     assert scores[0] < 1
     assert scores[-1] > 5, scores  # of 8
@@ -68,13 +48,15 @@ def test_it_learns_to_please_a_count(kind, talker, tmp_path):
 
 def test_s0_the_reward_is_hacked_without_kl_and_not_with_it(talker, tmp_path):
     # The seed's VPG: a small character model, the count of one letter, no KL; within 100 steps it says nothing else.
-    free = plaudit.train(learning(VPG, talker, tmp_path, steps=60, rollout=32, batch_size=32, learning_rate=1e-2))
+    free = plaudit.train(
+        examples.pleasing(VPG, talker, tmp_path, steps=60, rollout=32, batch_size=32, learning_rate=1e-2)
+    )
     lines = free.metrics()
     assert lines[0]["score"] < 1
     assert free.summary["score"] > 0.95 * 8
     assert all(line["score"] <= 8 for line in lines)
     held = plaudit.train(
-        learning(
+        examples.pleasing(
             VPG,
             talker,
             tmp_path,
@@ -133,7 +115,7 @@ def test_b1_b2_b3_each_kl_term_leads_to_its_own_optimum(term, talker, tmp_path):
     )
     changes = {"rewards": f"{tmp_path / 'rewards.py'}:worth", "kl": BETA, "kl_term": term, "max_new_tokens": 1}
     changes |= {"rollout": 128, "batch_size": 128, "baseline": "mean", "schedule": "linear", "steps": 50}
-    run = plaudit.train(learning(VPG, talker, tmp_path, learning_rate=1e-2, max_grad_norm=0.0, **changes))
+    run = plaudit.train(examples.pleasing(VPG, talker, tmp_path, learning_rate=1e-2, max_grad_norm=0.0, **changes))
     reference, policy = probabilities(talker), probabilities(run.final)
     reward = torch.zeros(257, dtype=torch.float64)
     for letter, value in WORTH.items():
@@ -149,14 +131,14 @@ def test_b1_b2_b3_each_kl_term_leads_to_its_own_optimum(term, talker, tmp_path):
 
 def test_b21_a_budget_bounds_the_divergence_and_an_idle_one_costs_nothing(talker, tmp_path):
     changes = {"kl": 0.2, "kl_budget": 2.0, "steps": 56, "rollout": 24, "batch_size": 24, "learning_rate": 3e-3}
-    bound = learning(VPG, talker, tmp_path, **changes)
+    bound = examples.pleasing(VPG, talker, tmp_path, **changes)
     lines = plaudit.train(bound).metrics()
     assert lines[0]["kl_coefficient"] == 0.2
     assert lines[1]["kl_coefficient"] == pytest.approx(0.2 - 0.05, abs=1e-3)  # no divergence yet
     assert max(line["kl"] for line in lines) > 5  # where the first weight would have led
     assert np.mean([line["kl"] for line in lines[-16:]]) == pytest.approx(2.0, abs=0.7)
     assert lines[-1]["kl_coefficient"] > 0.5
-    wide = learning(VPG, talker, tmp_path, kl=0.2, kl_budget=50.0, steps=3, output=str(tmp_path / "wide"))
+    wide = examples.pleasing(VPG, talker, tmp_path, kl=0.2, kl_budget=50.0, steps=3, output=str(tmp_path / "wide"))
     assert [line["kl_coefficient"] for line in plaudit.train(wide).metrics()] == pytest.approx(
         [0.2, 0.15, 0.1], abs=2e-3
     )
