@@ -1,8 +1,9 @@
 """What answers are worth: the judge against the number of labels, for random and for disagreement queries, about the
 newest policy's answers (online) and about the first one's (offline), on the review task of the quickstart.
 
-python benchmarks/learning/labels.py [--labels 100 300 1000] [--queries random disagreement] [--ways online offline]
-    [--seeds 0 1 2] [--samples 1536] [--base runs/quickstart] [--hidden recipes/judge.py:vader] [--output FOLDER]
+python benchmarks/learning/labels.py [--labels 100 300 1000] [--seeds 0 1 2] [--samples 768] [--base runs/quickstart]
+    [--lines random-online disagreement-online random-offline disagreement-offline]
+    [--hidden recipes/judge.py:vader] [--output FOLDER]
 
 A program answers, which likes what `--hidden` likes, at a temperature, and gives every tenth answer at random. All
 loops begin as the quickstart's SFT model and see as many samples. A cell that is done is read from its folder, so the
@@ -33,11 +34,13 @@ from plaudit.settings.feedback import Loop
 
 JUDGE = str(Path(__file__).parents[2] / "recipes" / "judge.py") + ":vader"
 ROLLOUT, BATCH, REUSE = 128, 64, 2
+LINES = ["random-online", "disagreement-online", "random-offline", "disagreement-offline"]
 SHOWN = ("judge", "kl", "agreement", "seconds")
 
 
-def settings_of(arguments: argparse.Namespace, labels: int, queries: str, way: str, seed: int, output: Path) -> Loop:
+def settings_of(arguments: argparse.Namespace, labels: int, line: str, seed: int, output: Path) -> Loop:
     """One cell's loop."""
+    queries, way = line.split("-")
     base, rounds = arguments.base, arguments.rounds
     rollouts = max(1, round(arguments.samples / ROLLOUT / rounds))
     return Loop(
@@ -52,8 +55,8 @@ def settings_of(arguments: argparse.Namespace, labels: int, queries: str, way: s
         queries={"method": queries, "pool": arguments.pool},
         reward={
             "members": arguments.members,
-            "epochs": arguments.epochs,
-            "batch_size": 32,
+            "epochs": max(1.0, arguments.visits / labels),
+            "batch_size": 16,
             "learning_rate": 3e-4,
             "train_layers": 4,
             "max_tokens": 96,
@@ -99,11 +102,11 @@ def judged(arguments: argparse.Namespace, policy: Path, output: Path, seed: int)
     return {name: found[name] for name in ("judge", "positive_share", "kl", "distinct_2", "completion_tokens")}
 
 
-def cell(arguments: argparse.Namespace, labels: int, queries: str, way: str, seed: int) -> dict[str, float]:
+def cell(arguments: argparse.Namespace, labels: int, line: str, seed: int) -> dict[str, float]:
     """Runs one loop and judges what came of it."""
-    folder = arguments.output / f"{queries}-{way}-{labels}-{seed}"
+    folder = arguments.output / f"{line}-{labels}-{seed}"
     start = time.perf_counter()
-    loop(settings_of(arguments, labels, queries, way, seed, folder))
+    loop(settings_of(arguments, labels, line, seed, folder))
     seconds = time.perf_counter() - start
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     found = judged(arguments, folder / f"round-{last['step']:03d}" / "policy" / "final", folder / "judged", seed)
@@ -113,16 +116,18 @@ def cell(arguments: argparse.Namespace, labels: int, queries: str, way: str, see
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labels", type=int, nargs="+", default=[100, 300, 1000])
-    parser.add_argument("--queries", nargs="+", default=["random", "disagreement"])
-    parser.add_argument("--ways", nargs="+", default=["online", "offline"], choices=["online", "offline"])
+    parser.add_argument("--lines", nargs="+", default=LINES, choices=LINES, help="queries, and whose answers")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--samples", type=int, default=1536, help="completions that a policy learns from, in all rounds"
-    )
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=768, help="completions that a policy learns from, in all rounds")
     parser.add_argument("--members", type=int, default=2)
-    parser.add_argument("--epochs", type=float, default=2.0)
-    parser.add_argument("--pool", type=int, default=4)
+    parser.add_argument(
+        "--visits",
+        type=int,
+        default=600,
+        help="answers that a reward model sees in the last round; all of them, at least",
+    )
+    parser.add_argument("--pool", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=240, help="held-out prompts that are judged")
     parser.add_argument("--hidden", default=JUDGE)
     parser.add_argument("--temperature", type=float, default=0.25)
@@ -130,15 +135,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/learning-labels"))
     arguments = parser.parse_args()
     cells: dict[str, Any] = {}
-    wanted = [(0, "none", "none", seed) for seed in arguments.seeds]
-    wanted += sorted(product(arguments.labels, arguments.queries, arguments.ways, arguments.seeds))
-    for number, (labels, queries, way, seed) in enumerate(wanted, 1):
-        name = f"{queries}-{way}-{labels}-{seed}"
+    wanted = [
+        (labels, line, seed)
+        for seed in arguments.seeds
+        for labels, line in [(0, "none"), *product(sorted(arguments.labels), arguments.lines)]
+    ]
+    for number, (labels, line, seed) in enumerate(wanted, 1):
+        name = f"{line}-{labels}-{seed}"
         path = arguments.output / f"{name}.json"
         if not path.exists():
             with Guard() as guard:
                 if labels:
-                    found = cell(arguments, labels, queries, way, seed)
+                    found = cell(arguments, labels, line, seed)
                 else:
                     base = arguments.base / "sft" / "final"
                     found = judged(arguments, base, arguments.output / f"sft-{seed}", seed)
@@ -152,18 +160,18 @@ def main() -> None:
     draw(arguments, cells, arguments.output / "labels.png")
 
 
-def of(cells: dict[str, Any], queries: str, way: str, labels: int, seeds: list[int], figure: str) -> list[float]:
+def of(cells: dict[str, Any], line: str, labels: int, seeds: list[int], figure: str) -> list[float]:
     """A figure of one cell at all seeds."""
-    names = ["none-none-0"] * len(seeds) if not labels else [f"{queries}-{way}-{labels}"] * len(seeds)
-    return [cells[f"{name}-{seed}"].get(figure, float("nan")) for name, seed in zip(names, seeds, strict=True)]
+    name = f"{line if labels else 'none'}-{labels}"
+    return [cells[f"{name}-{seed}"].get(figure, float("nan")) for seed in seeds]
 
 
 def table(arguments: argparse.Namespace, cells: dict[str, Any]) -> None:
     """Means over seeds, with the standard deviation of the judge."""
     print(f"| labels | queries | answers of | {' | '.join(SHOWN)} |\n|---|---|---|{'---|' * len(SHOWN)}")
-    rows = [(0, "none", "none"), *sorted(product(arguments.labels, arguments.queries, arguments.ways))]
-    for labels, queries, way in rows:
-        values = {figure: of(cells, queries, way, labels, arguments.seeds, figure) for figure in SHOWN}
+    for labels, line in [(0, "none-"), *product(sorted(arguments.labels), arguments.lines)]:
+        queries, way = line.split("-")
+        values = {figure: of(cells, line, labels, arguments.seeds, figure) for figure in SHOWN}
         means = {figure: f"{statistics.fmean(each):.3g}" for figure, each in values.items()}
         if len(arguments.seeds) > 1:
             means["judge"] += f" ± {statistics.stdev(values['judge']):.2g}"
@@ -179,14 +187,14 @@ def draw(arguments: argparse.Namespace, cells: dict[str, Any], path: Path) -> No
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     places = [0, *sorted(arguments.labels)]
-    lines = len(arguments.queries) * len(arguments.ways)
-    for colour, (queries, way) in enumerate(product(arguments.queries, arguments.ways)):
-        values = [of(cells, queries, way, labels, arguments.seeds, "judge") for labels in places]
+    for line in arguments.lines:
+        colour = LINES.index(line)
+        values = [of(cells, line, labels, arguments.seeds, "judge") for labels in places]
         # A little apart, so that points of different lines do not hide each other.
-        shifted = [place + 0.04 * (colour - (lines - 1) / 2) for place in range(len(places))]
-        dashes = "-" if way == "online" else "--"
+        shifted = [place + 0.04 * (colour - (len(LINES) - 1) / 2) for place in range(len(places))]
+        dashes = "-" if line.endswith("online") else "--"
         means = [statistics.fmean(each) for each in values]
-        axes.plot(shifted, means, dashes, marker="o", color=f"C{colour}", label=f"{queries}, {way}")
+        axes.plot(shifted, means, dashes, marker="o", color=f"C{colour}", label=line.replace("-", ", "))
         for place, each in zip(shifted, values, strict=True):
             axes.scatter([place] * len(each), each, s=12, color=f"C{colour}", alpha=0.4, linewidths=0)
     axes.set_xticks(range(len(places)), [f"{labels:,}" for labels in places])
