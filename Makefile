@@ -30,6 +30,7 @@ bench: $(VENV)/.quickstart
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/compiled.py
+	$(BIN)/python benchmarks/label_latency.py
 
 bench-quickstart: $(VENV)/.quickstart
 	$(BIN)/python benchmarks/quickstart.py

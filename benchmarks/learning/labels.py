@@ -35,7 +35,7 @@ from plaudit.settings.feedback import Loop
 JUDGE = str(Path(__file__).parents[2] / "recipes" / "judge.py") + ":vader"
 ROLLOUT, BATCH, REUSE = 128, 64, 2
 LINES = ["random-online", "disagreement-online", "random-offline", "disagreement-offline"]
-SHOWN = ("judge", "kl", "agreement", "seconds")
+SHOWN = ("judge", "kl", "agreement")
 
 
 def settings_of(arguments: argparse.Namespace, labels: int, line: str, seed: int, output: Path) -> Loop:
