@@ -515,6 +515,52 @@ def test_unsent_answers_survive_the_server_and_the_page(tmp_path, people):
         tab.see("#sending", "")
 
 
+HASTE = "const own = AbortSignal.timeout; AbortSignal.timeout = time => own.call(AbortSignal, time / 20);"
+
+
+def between(tab, what):
+    """Puts something between page and server: once the list that this gives holds anything, `what` gets the requests."""
+    away = []
+    tab.page.add_init_script(HASTE)
+    tab.page.route("**/api/**", lambda route: what(route) if away else route.continue_())
+    tab.page.reload()
+    tab.see(PROMPT, "prompt 0")
+    return away
+
+
+def test_a_connection_that_hangs_is_told_and_loses_nothing(study, people):
+    study.add(*(pair(number) for number in range(5)))
+    tab = people(study)
+    hanging = []
+    away = between(tab, hanging.append)
+    away.append(True)
+    tab.keys("ArrowLeft")
+    tab.see("#sending", "No connection to the server. 1 answer waits in this browser and will be sent.")
+    tab.keys("n")
+    tab.page.keyboard.type("half a note")
+    tab.keys("Escape", "ArrowRight")
+    sync_api.expect(tab.page.locator("#sending")).to_contain_text("2 answers wait in this browser")
+    assert study.labels() == []
+    assert hanging
+    away.clear()
+    labels = tab.answered(2)
+    assert [shown(label) for label in labels] == [Answer((1, 2)), Answer((2, 1), note="half a note")]
+    tab.see("#sending", "")
+
+
+@pytest.mark.parametrize("status", [200, 404, 502])
+def test_what_answers_in_place_of_the_server_acknowledges_and_refuses_nothing(study, people, status):
+    """A proxy's page, or that of a network which wants one to sign in."""
+    study.add(pair(0), pair(1))
+    tab = people(study)
+    away = between(tab, lambda route: route.fulfill(status=status, body="<p>Sign in</p>"))
+    away.append(True)
+    tab.keys("ArrowLeft")
+    tab.see("#sending", "No connection to the server. 1 answer waits in this browser and will be sent.")
+    away.clear()
+    assert [shown(label).ranks for label in tab.answered(1)] == [(1, 2)]
+
+
 @pytest.mark.slow
 def test_answers_go_on_while_the_server_restarts_under_the_page(tmp_path, people):
     path = tmp_path / "labels.db"

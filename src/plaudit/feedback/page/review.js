@@ -4,6 +4,7 @@ import { call, hello } from "./outbox.js";
 import { LETTERS, make, turns } from "./parts.js";
 
 const EVERY = 5000;  // milliseconds between two looks
+const FIGURING = 120_000;  // milliseconds that figures of agreement may take
 const FIGURES = {
   raw: "Raw agreement", cohen: "Cohen’s κ", fleiss: "Fleiss’ κ", alpha: "Krippendorff’s α", tau: "Kendall’s τ-b",
 };
@@ -132,7 +133,7 @@ async function refresh() {
       if (wanted) continue;
       pages = look.pages;
       paint();
-      about = await call("/api/agreement");
+      about = await call("/api/agreement", undefined, FIGURING);
       paintPeople();
       paintAgreement();
       tell("");
