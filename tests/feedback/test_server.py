@@ -301,6 +301,29 @@ def check_review(study):
     assert study.manager.get("/api/agreement").json()["people"]["ann"]["labels"] == 55
 
 
+def test_a_review_reads_the_page_that_is_shown_and_nothing_where_nothing_happened(tmp_path, monkeypatch):
+    with site(tmp_path / "labels.db") as study:
+        study.add(*(pair(number) for number in range(60)))
+        ann = study.person("ann")
+        for number in range(52):
+            answer(ann, tasks(ann)[0], {"choice": "left"}, f"k{number}")
+
+        def look(page, since=""):
+            return study.manager.get("/api/review", params={"page": page, "since": since}).json()
+
+        monkeypatch.setattr(server, "RATE_EVERY", 1e9)
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "labels", None)  # which reads them all
+            first = look(1)
+            assert (len(first["labels"]), first["pages"]) == (50, 2)
+            patch.setattr(Store, "newest", None)
+            assert look(1, first["version"]) == {"version": first["version"]}
+        assert len(look(2, first["version"])["labels"]) == 2
+        ann.post("/api/undo", json={"key": "u"})
+        after = look(1, first["version"])
+        assert (after["people"], after["labels"][0]["id"]) == ({"ann": 51}, first["labels"][1]["id"])
+
+
 # ------------------------------------------------------------------------------------------------ running
 
 

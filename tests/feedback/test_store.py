@@ -377,6 +377,7 @@ def test_any_sequence_of_events_leaves_the_labels_that_a_simple_model_has(steps,
                     answered(store, model, step, key, assignments[key], turn, number)
             labels = [(int(la.item.prompt.split()[1]), la.person, la.answer.ranks) for la in store.labels()]
             assert labels == model.labels()
+        assert store.newest(2, 1) == store.labels()[::-1][1:3]
         counts = store.progress(None, rules, float(model.now))
         wanted = model.labels()
         assert counts.people == {person: sum(who == person for _, who, _ in wanted) for person in PEOPLE}
@@ -630,12 +631,13 @@ def test_a_file_that_is_no_store_is_refused_and_left_alone(path, make):
 def test_a_newer_store_is_refused_and_an_older_one_brought_up_to_date(path, monkeypatch):
     with study(path, [pair(1)]) as store:
         label = give(store, "ann")
-    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, "ALTER TABLE item ADD COLUMN colour TEXT; bad"))
+    known = schema.MIGRATIONS
+    monkeypatch.setattr(schema, "MIGRATIONS", (*known, "ALTER TABLE item ADD COLUMN colour TEXT; bad"))
     with pytest.raises(PlauditError, match="older plaudit"):
         Store.read(path)
     with pytest.raises(PlauditError, match="cannot be opened"):
         Store.open(path)
-    monkeypatch.setattr(schema, "MIGRATIONS", (schema.MIGRATIONS[0], "ALTER TABLE item ADD COLUMN colour TEXT;"))
+    monkeypatch.setattr(schema, "MIGRATIONS", (*known, "ALTER TABLE item ADD COLUMN colour TEXT;"))
     for _ in range(2):  # the second time there is nothing to do, which the column would show
         with Store.open(path) as store:
             assert store.labels() == [label]
@@ -644,6 +646,18 @@ def test_a_newer_store_is_refused_and_an_older_one_brought_up_to_date(path, monk
     for how in (Store.open, Store.read):
         with pytest.raises(PlauditError, match="newer plaudit; upgrade"):
             how(path)
+
+
+def test_a_store_of_the_first_version_is_brought_up_to_date(path, monkeypatch):
+    known = schema.MIGRATIONS
+    monkeypatch.setattr(schema, "MIGRATIONS", known[:1])
+    with study(path, [pair(1), pair(2)]) as store:
+        label = give(store, "ann")
+        (other,) = store.next("ann", 1, ONE, 0.0)
+        store.skip(other.id, "ann", key="s", now=1.0)
+    monkeypatch.undo()
+    with Store.open(path) as store:
+        assert (store.labels(), store.newest(9), store.skipped()) == ([label], [label], {"ann": 1})
 
 
 def test_a_damaged_store_is_refused(path):

@@ -93,6 +93,9 @@ MIGRATIONS: tuple[str, ...] = (
       UPDATE assignment SET skipped = NEW.number, leased_until = 0 WHERE number = NEW.assignment;
     END;
     """,
+    """
+    CREATE INDEX event_skip ON event (assignment) WHERE kind = 'skip';   -- counted without reading all answers
+    """,
 )
 
 

@@ -7,6 +7,7 @@ Every answer is JSON; what is refused is {"error": one sentence} with the status
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,8 @@ MOST_TASKS = 20
 PER_PAGE = 50
 LARGEST = 10**15 - 1
 """The largest priority; SQLite holds a few digits more."""
+RATE_EVERY = 60.0
+"""Seconds after which a page is told anew how fast people answer, though nothing was written."""
 AGREEMENT_EVERY = 10.0
 """Seconds for which figures of agreement are kept, because they cost more than everything else here."""
 
@@ -80,6 +83,7 @@ class Desk:
         self.store, self.study, self.access, self.renewed = store, study, access, renewed
         self.files = {path.name: (path.read_bytes(), TYPES[path.suffix]) for path in PAGES.iterdir()}
         self.figures: tuple[float, str, dict[str, Any]] = 0.0, "", {}
+        self.figuring = threading.Lock()
         # One works while the other waits for the disk. More would only stand before the store's lock, which they get
         # in any order, so that some people would wait three times as long as others.
         self._worker = ThreadPoolExecutor(2, "store")
@@ -312,22 +316,27 @@ class Desk:
         return JSONResponse({"token": token})
 
     async def review(self, request: Request) -> Response:
-        """Progress, and one page of answers, the newest first."""
+        """Progress, and one page of answers, the newest first; the `version` alone where that is still the one of which
+        the page says that it is known, by `since`."""
         await self.access.session(request, "manager")
-        page = _count(request, "page", 1, 10**9)
+        page, since = _count(request, "page", 1, 10**9), request.query_params.get("since", "")
 
         def look() -> dict[str, Any]:
-            labels = self.store.labels()
-            shown = labels[::-1][(page - 1) * PER_PAGE : page * PER_PAGE]
-            progress: Progress = self.store.progress(None, self.study.rules, time.time())
+            now = time.time()
+            # The rate of answering falls while nothing happens, so that no version lasts for ever.
+            version = f"{page}.{now // RATE_EVERY:.0f}.{self.store.version}"
+            if version == since:
+                return {"version": version}
+            progress: Progress = self.store.progress(None, self.study.rules, now)
             return {
+                "version": version,
                 "title": self.study.title,
                 "progress": {"done": progress.done, "left": progress.left, "per_minute": progress.per_minute},
                 "people": progress.people,
                 "skipped": self.store.skipped(),
                 "page": page,
-                "pages": -(-len(labels) // PER_PAGE),
-                "labels": [views.reviewed(label) for label in shown],
+                "pages": -(-sum(progress.people.values()) // PER_PAGE),
+                "labels": [views.reviewed(label) for label in self.store.newest(PER_PAGE, (page - 1) * PER_PAGE)],
             }
 
         return JSONResponse(await self._do(look))
@@ -337,15 +346,16 @@ class Desk:
         await self.access.session(request, "manager")
 
         def figure() -> dict[str, Any]:
-            at, version, found = self.figures
-            old = version != self.store.version and time.monotonic() - at > AGREEMENT_EVERY
-            if old or not version:
-                # scipy and krippendorff take a second to load, which the pages of people should not wait for.
-                from plaudit.feedback.agreement import summary
+            with self.figuring:  # whoever asks meanwhile waits for the same figures
+                at, version, found = self.figures
+                old = version != self.store.version and time.monotonic() - at > AGREEMENT_EVERY
+                if old or not version:
+                    # scipy and krippendorff take a second to load, which the pages of people should not wait for.
+                    from plaudit.feedback.agreement import summary
 
-                version, found = self.store.version, summary(self.store.labels())
-                self.figures = time.monotonic(), version, found
-            return found
+                    version, found = self.store.version, summary(self.store.labels())
+                    self.figures = time.monotonic(), version, found
+                return found
 
         return JSONResponse(await run_in_threadpool(figure))
 

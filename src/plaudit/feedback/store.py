@@ -258,6 +258,11 @@ class Store:
         with self._lock:
             return standing.labels(self._db, after)
 
+    def newest(self, count: int, skip: int = 0) -> list[Label]:
+        """Up to `count` of the answers that stand, the newest first, after the `skip` newest; no others are read."""
+        with self._lock:
+            return standing.newest(self._db, count, skip)
+
     def progress(self, person: str | None, rules: Rules, now: float) -> Progress:
         """How far the study is, for all or for one person."""
         with self._look() as db:

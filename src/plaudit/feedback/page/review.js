@@ -17,7 +17,7 @@ const $ = id => document.getElementById(id);
 const cell = (tag, text) => make(tag, tag === "th" ? { scope: "col" } : {}, text);
 const percent = share => (share && share.value !== null ? `${Math.round(100 * share.value)} %` : "–");
 const plural = (count, one) => `${count} ${one}${count === 1 ? "" : "s"}`;
-let page = 1, pages = 1, about = {}, look = {}, known = false, looking = false, wanted = false;
+let page = 1, pages = 1, about = {}, look = {}, painted = "", known = false, looking = false, wanted = false;
 
 function figure({ value, low, high, why }) {
   if (value === null || value === undefined) return [make("b", {}, "–"), make("small", {}, why || "")];
@@ -129,10 +129,14 @@ async function refresh() {
     wanted = false;
     try {
       if (!known) known = Boolean(await hello("manager"));
-      look = await call(`/api/review?page=${page}`);
+      const found = await call(`/api/review?page=${page}&since=${encodeURIComponent(painted)}`);
       if (wanted) continue;
-      pages = look.pages;
-      paint();
+      if (found.version !== painted) {  // else nothing else is in it
+        look = found;
+        pages = look.pages;
+        paint();
+        painted = look.version;
+      }
       about = await call("/api/agreement", undefined, FIGURING);
       paintPeople();
       paintAgreement();
