@@ -16,7 +16,7 @@ from live import answer, pair, site, tasks
 
 from plaudit import PlauditError
 from plaudit.feedback import secret, serving
-from plaudit.feedback.access import Access, Bucket, Limits
+from plaudit.feedback.access import HEADERS, Access, Bucket, Limits
 from plaudit.feedback.refusals import Refused
 from plaudit.feedback.store import Store
 
@@ -167,6 +167,14 @@ def test_pages_carry_the_headers_that_keep_them_safe(study, ann):
         assert reply.headers["cache-control"] == "no-store"
         assert "access-control-allow-origin" not in reply.headers
         assert "server" not in reply.headers
+
+
+def test_an_answer_to_what_nobody_expected_is_a_sentence_with_the_same_headers(study, ann, monkeypatch):
+    monkeypatch.setattr(Store, "next", lambda *_: 1 / 0)
+    reply, sound = ann.get("/api/next"), ann.get("/api/progress")
+    assert reply.status_code == 500
+    assert reply.json() == {"error": "Something went wrong in the server; its terminal says what."}
+    assert {name: reply.headers.get(name) for name in HEADERS} == {name: sound.headers[name] for name in HEADERS}
 
 
 @pytest.mark.parametrize(

@@ -519,7 +519,7 @@ HASTE = "const own = AbortSignal.timeout; AbortSignal.timeout = time => own.call
 
 
 def between(tab, what):
-    """Puts something between page and server: once the list that this gives holds anything, `what` gets the requests."""
+    """Puts `what` between page and server: it gets the requests while the list that this gives holds anything."""
     away = []
     tab.page.add_init_script(HASTE)
     tab.page.route("**/api/**", lambda route: what(route) if away else route.continue_())

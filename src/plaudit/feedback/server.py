@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from plaudit.errors import PlauditError
 from plaudit.feedback import views
@@ -70,7 +70,7 @@ class Study:
 
 def application(
     store: Store, study: Study, access: Access, renewed: Callable[[str, str], None] = lambda name, token: None
-) -> Starlette:
+) -> ASGIApp:
     """The whole server, for uvicorn or any other ASGI server. `renewed` is told the name and the new token of everybody
     whose old one has become void."""
     return Desk(store, study, access, renewed).application()
@@ -92,7 +92,7 @@ class Desk:
         """What the store is asked for, without holding up other requests."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, work, *given)
 
-    def application(self) -> Starlette:
+    def application(self) -> ASGIApp:
         """Routes, errors as JSON, and the guard before everything."""
         get: dict[str, Handler] = {
             "/": self.page,
@@ -113,14 +113,15 @@ class Desk:
             "/api/items": self.add,
             "/api/people": self.person,
         }
-        return Starlette(
+        inner = Starlette(
             routes=[
                 *(Route(path, handler, methods=["GET"]) for path, handler in get.items()),
                 *(Route(path, handler, methods=["POST"]) for path, handler in post.items()),
             ],
-            middleware=[Middleware(Guard, access=self.access)],
             exception_handlers=HANDLERS,
         )
+        # Not as Starlette's middleware, which stands behind what answers for an unexpected exception.
+        return Guard(inner, self.access)
 
     # -------------------------------------------------------------------------------------------- pages
 
