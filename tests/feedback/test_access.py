@@ -170,8 +170,9 @@ def test_pages_carry_the_headers_that_keep_them_safe(study, ann):
 
 
 def test_an_answer_to_what_nobody_expected_is_a_sentence_with_the_same_headers(study, ann, monkeypatch):
+    sound = ann.get("/api/progress")
     monkeypatch.setattr(Store, "next", lambda *_: 1 / 0)
-    reply, sound = ann.get("/api/next"), ann.get("/api/progress")
+    reply = ann.get("/api/next")
     assert reply.status_code == 500
     assert reply.json() == {"error": "Something went wrong in the server; its terminal says what."}
     assert {name: reply.headers.get(name) for name in HEADERS} == {name: sound.headers[name] for name in HEADERS}
