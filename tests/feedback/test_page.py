@@ -8,7 +8,8 @@ import pytest
 from hostile import TEXTS
 from live import answer, fresh, pair, ranking, rating, site, tasks
 
-from plaudit.feedback.items import Answer, Candidate, Item
+from plaudit.feedback.items import Answer, Candidate, Item, Label
+from plaudit.feedback.store import Store
 
 CHROMIUM = shutil.which("chromium")
 sync_api = pytest.importorskip("playwright.sync_api", reason="the pages are tested with playwright: pip install it")
@@ -741,6 +742,25 @@ def test_an_answer_that_is_read_stays_open_while_others_come(own, chromium):
     sync_api.expect(tab.page.locator("details >> nth=1 >> summary")).to_be_focused()
     tab.context.close()
     assert tab.wrong == []
+
+
+def test_the_review_says_that_the_order_shown_is_unknown(tmp_path, chromium):
+    path = tmp_path / "labels.db"
+    with Store.open(path) as store:
+        store.take([Label("imported", pair(0), "Ann", Answer((2, 1)), (), 0.0, 0.0, 0)])
+    with site(path) as study:
+        study.add(pair(1))
+        bob = study.person("Bob")
+        answer(bob, tasks(bob)[0], {"choice": "left"}, "one")
+        tab = Tab(chromium, study, study.links.review)
+        sync_api.expect(tab.page.locator("details")).to_have_count(2)
+        flags = [row.locator("i").all_inner_texts() for row in tab.page.locator("details").all()]
+        assert flags == [[], ["order unknown"]]
+        tab.see("details >> nth=1 >> .verdict", "B > A")
+        tab.page.click("details >> nth=1 >> summary")
+        assert tab.page.locator(".full article .text").all_inner_texts() == ["left 0", "right 0"]
+        tab.context.close()
+        assert tab.wrong == []
 
 
 @pytest.mark.slow

@@ -49,13 +49,16 @@ function paintAgreement() {
   $("agreement").replaceChildren(...parts);
 }
 
-// The candidates in the order shown, with their ranks; places are letters, as on the person's screen.
+// The candidates' places in the order shown, or, where that is not known, in the item's own.
+const ordered = label => (label.order.length ? label.order : label.candidates.map((_, place) => place));
+
+// The candidates in this order, with their ranks; places are letters, as on the person's screen.
 function words(label) {
   const { ranks, rating, strength } = label.answer;
   const much = strength ? `, ${["slightly", "clearly", "much"][strength - 1]}` : "";
   if (rating !== undefined && rating !== null) return `rated ${rating}`;
   if (!ranks) return "can’t compare";
-  const shown = label.order.map(place => ranks[place]);
+  const shown = ordered(label).map(place => ranks[place]);
   const steps = [...new Set(shown)].sort((a, b) => a - b);
   const named = step => shown.flatMap((rank, place) => (rank === step ? [LETTERS[place]] : [])).join(" = ");
   return steps.map(named).join(" > ") + much;
@@ -67,7 +70,7 @@ function source(candidate) {
 }
 
 function labelRow(label, name) {
-  const flags = [label.gold && "gold", label.repeat && "asked again", label.answer.note && "note",
+  const flags = [label.order.length === 0 && label.candidates.length > 1 && "order unknown", label.gold && "gold", label.repeat && "asked again", label.answer.note && "note",
     label.answer.rewrite && "rewrite"].filter(Boolean);
   const when = new Date(1000 * label.answered_at);
   const short = typeof label.prompt === "string" ? label.prompt : label.prompt.map(turn => turn.content).join(" ");
@@ -86,7 +89,7 @@ function full(label) {
   const extra = [["Note", label.answer.note], ["A better answer", label.answer.rewrite]].filter(([, text]) => text);
   return make("div", { class: "full" },
     make("section", { class: "card", "aria-label": "Prompt" }, ...turns(label.prompt)),
-    make("div", { class: "shown" }, ...label.order.map((place, index) => make("article", { class: "card" },
+    make("div", { class: "shown" }, ...ordered(label).map((place, index) => make("article", { class: "card" },
       make("header", {}, make("b", {}, LETTERS[index]), make("small", { class: "source" }, source(label.candidates[place]))),
       ...turns(label.candidates[place].text)))),
     ...extra.map(([title, text]) => make("div", { class: "extra" }, make("h4", {}, title), ...turns(text))));
