@@ -140,10 +140,10 @@ async function refresh() {
         paint();
         painted = look.version;
       }
+      tell("");  // the figures may take longer
       about = await call("/api/agreement", undefined, FIGURING);
       paintPeople();
       paintAgreement();
-      tell("");
     } catch (error) {
       tell(error.status ? error.message : "No connection to the server; trying again.");
     }
