@@ -193,7 +193,7 @@ def _with_people(verb: str, settings: Any) -> None:
     else:
         from plaudit.feedback import exchange
 
-        print(exchange.export(settings) if verb == "export" else f"{exchange.take_in(settings)} new labels")
+        print(exchange.export(settings) if verb == "export" else exchange.take_in(settings))
 
 
 def _file_verb(verb: str, words: list[str]) -> None:

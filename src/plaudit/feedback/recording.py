@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import sqlite3
-from typing import Any
+from typing import Any, Literal
 
 from plaudit.errors import PlauditError
 from plaudit.feedback.assigning import FREE, Assignment
@@ -14,6 +14,10 @@ from plaudit.feedback.items import Answer, Item, Label, check_item
 
 IMPORTED = "instr(e.key, char(10)) > 0"
 """Of an event `e` that came from elsewhere: no client's key holds a new line."""
+
+
+Taken = Literal["new", "repeat", "known"]
+"""What becomes of a label from elsewhere: it is new, a repeat here though it was none there, or known already."""
 
 
 class Conflict(PlauditError):
@@ -104,8 +108,10 @@ def answer(db: sqlite3.Connection, key: str, asked: Assignment, given: Answer, m
     event(db, key, "answer", number, now, answer=dumped(answer_to_json(given), "answer"), ms=ms)
 
 
-def take(db: sqlite3.Connection, label: Label) -> None:
-    """Add a label from elsewhere, with its item and its person where they are new."""
+def take(db: sqlite3.Connection, label: Label) -> Taken:
+    """Add a label from elsewhere, unless it is there, with its item and its person where they are new."""
+    if db.execute("SELECT 1 FROM event WHERE id = ?", (label.id,)).fetchone():
+        return "known"
     where = f"label {label.id}"
     name = checked_name(label.person)
     check_answer(label.item, label.answer, where)
@@ -126,3 +132,4 @@ def take(db: sqlite3.Connection, label: Label) -> None:
     ).fetchone()
     body = dumped(answer_to_json(label.answer), where)
     event(db, f"imported\n{label.id}", "answer", number, label.answered_at, id=label.id, answer=body, ms=label.ms)
+    return "new" if repeat == label.repeat else "repeat"

@@ -27,6 +27,7 @@ from plaudit.feedback.assigning import lease
 from plaudit.feedback.forms import answer_from_json, checked_name, dumped
 from plaudit.feedback.items import Answer, Item, Label
 from plaudit.feedback.recording import Conflict as Conflict
+from plaudit.feedback.recording import Taken as Taken
 from plaudit.feedback.standing import Progress as Progress
 
 Role = Literal["person", "manager"]
@@ -237,18 +238,14 @@ class Store:
             asked = standing.assignment(db, number)
             return asked, answer_from_json(json.loads(body), "answer").reordered(asked.order)
 
-    def take(self, labels: Iterable[Label]) -> int:
-        """Adds labels from elsewhere with all that belongs to them, and returns how many were new, by `Label.id`.
+    def take(self, labels: Iterable[Label]) -> list[Taken]:
+        """Adds labels from elsewhere with all that belongs to them, and returns what became of each.
 
-        Where a person has another answer to the same item here, the one that comes becomes a repeat.
+        One whose `Label.id` is there already is not added. Where a person has another answer to the same item here, the
+        one that comes becomes a repeat.
         """
-        new = 0
         with self._change() as db:
-            for label in labels:
-                if db.execute("SELECT 1 FROM event WHERE id = ?", (label.id,)).fetchone() is None:
-                    recording.take(db, label)
-                    new += 1
-        return new
+            return [recording.take(db, label) for label in labels]
 
     # -------------------------------------------------------------------------------------------- looking
 
