@@ -16,12 +16,12 @@ from plaudit.cli import main
 from plaudit.errors import PlauditError
 from plaudit.feedback.candidates import read_items
 from plaudit.feedback.exchange import export, take_in
-from plaudit.feedback.exporting import comparisons, in_words, rankings, ratings, rows_of
+from plaudit.feedback.exporting import comparisons, rankings, ratings, rows_of
 from plaudit.feedback.forms import item_from_json, item_to_json, label_from_json, label_to_json
 from plaudit.feedback.gathering import gather
 from plaudit.feedback.habits import position
 from plaudit.feedback.importing import read_labels
-from plaudit.feedback.items import Answer, Candidate, Item, Label
+from plaudit.feedback.items import Answer, Candidate, Item, Label, in_words
 from plaudit.feedback.store import Rules, Store
 from plaudit.records import Comparison, Demonstration, Ranking, Rating, load
 from plaudit.settings.feedback import Export, Import

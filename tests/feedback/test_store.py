@@ -461,6 +461,28 @@ def test_items_are_known_by_what_they_ask_and_come_back_whole(path):
         assert len(store.items()) == 3
 
 
+def test_a_right_answer_that_comes_later_is_kept_as_an_event_and_checks_people_from_then_on(path):
+    always = Rules(gold_share=1.0)
+    with study(path, [pair(1, columns={"topic": "t"}), pair(2)]) as store:
+        give(store, "ann")
+        version = store.version
+        assert store.add([pair(1, gold=FIRST), pair(2)]) == 0
+        assert store.version != version
+        assert store.items() == [pair(1, columns={"topic": "t"}, gold=FIRST), pair(2)]
+        assert [label.item.gold for label in store.labels()] == [FIRST]
+        assert asked(store, "bob", 1, always) == ["prompt 1"]  # though one answer is all that is wanted of others
+        (kept,) = store._db.execute("SELECT answer FROM gold").fetchall()
+        assert kept == ('{"ranks": [1, 2]}',)
+        assert store.add([pair(1), pair(1, gold=FIRST)]) == 0
+        known = r"item 2: the right answer to \"prompt 1\" is B > A, but A > B in the store already"
+        with pytest.raises(PlauditError, match=known):
+            store.add([pair(3), pair(1, gold=Answer((2, 1)))])
+        assert store.items() == [pair(1, columns={"topic": "t"}, gold=FIRST), pair(2)]
+        imported = Label("elsewhere", pair(2, gold=Answer((2, 1))), "cleo", FIRST, (), 0.0, 0.0, 0)
+        assert store.take([imported]) == ["new"]
+        assert store.items()[1].gold == Answer((2, 1))
+
+
 def test_tokens_are_secret_and_can_be_renewed(path):
     with study(path, [], ()) as store:
         token = store.join("  Zoe\u0301 ")
@@ -536,9 +558,10 @@ def test_the_file_is_set_to_lose_nothing(path):
             "SELECT name, strict FROM pragma_table_list WHERE schema = 'main' AND type = 'table'"
         ).fetchall()
         assert {name: strict for name, strict in tables if not name.startswith("sqlite_")} == dict.fromkeys(
-            ("meta", "item", "person", "assignment", "event"), 1
+            ("meta", "item", "person", "assignment", "event", "gold"), 1
         )
-        for change in ("UPDATE event SET ms = 1", "DELETE FROM event"):
+        store.add([pair(1, gold=FIRST)])
+        for change in ("UPDATE event SET ms = 1", "DELETE FROM event", "UPDATE gold SET at = 1", "DELETE FROM gold"):
             with pytest.raises(sqlite3.IntegrityError, match="events are never"):
                 db.execute(change)
         assert [label.ms for label in store.labels()] == [900]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from plaudit.errors import PlauditError
 from plaudit.feedback.forms import item_to_json, label_to_json
-from plaudit.feedback.items import Answer, Item, Label
+from plaudit.feedback.items import Item, Label, in_words
 from plaudit.records import Comparison, Demonstration, Ranking, Rating, Record, to_row
 from plaudit.rows import Text
 
@@ -243,18 +243,6 @@ def _line(label: Label) -> list[object]:
     for candidate in item.candidates:
         line += [_plain(candidate.text), " ".join(f"{name}={value}" for name, value in candidate.source.items())]
     return line
-
-
-def in_words(answer: Answer) -> str:
-    """ "B > A = C", best first; a number; or that nothing could be compared."""
-    if answer.rating is not None:
-        return f"{answer.rating:g}"
-    if answer.ranks is None:
-        return "can't compare"
-    tiers: dict[int, list[str]] = {}
-    for place, rank in enumerate(answer.ranks):
-        tiers.setdefault(rank, []).append(chr(ord("A") + place))
-    return " > ".join(" = ".join(tiers[rank]) for rank in sorted(tiers))
 
 
 def _plain(text: Text) -> str:

@@ -125,14 +125,13 @@ class Store:
         return self.setting("instructions")
 
     def add(self, items: Iterable[Item], *, priority: int = 0) -> int:
-        """Adds those items that are not there yet, by `Item.id`, and returns how many. Higher priorities come first."""
-        rows = [recording.item_row(item, priority, f"item {place}") for place, item in enumerate(items, 1)]
+        """Adds those items that are not there yet, by `Item.id`, and returns how many. Higher priorities come first.
+
+        Of an item that is there without a right answer, a `gold` that comes is kept. Raises PlauditError, having added
+        nothing, for an item that cannot be asked, and for a `gold` that contradicts the one which is there.
+        """
         with self._change() as db:
-            before = db.total_changes
-            db.executemany(
-                "INSERT INTO item (id, body, gold, priority) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING", rows
-            )
-            return db.total_changes - before
+            return sum(recording.item(db, item, priority, f"item {place}") for place, item in enumerate(items, 1))
 
     def items(self) -> list[Item]:
         """All items, in the order they were added."""
