@@ -22,7 +22,7 @@ let page = 1, pages = 1, about = {}, look = {}, painted = "", known = false, loo
 function figure({ value, low, high, why }) {
   if (value === null || value === undefined) return [make("b", {}, "–"), make("small", {}, why || "")];
   const shown = number => number.toFixed(2).replace("-", "−");
-  const interval = low === null || low === undefined ? "" : `${shown(low)} to ${shown(high)}`;
+  const interval = low === null || low === undefined ? why || "" : `${shown(low)} to ${shown(high)}`;
   return [make("b", {}, shown(value)), make("small", {}, interval)];
 }
 
