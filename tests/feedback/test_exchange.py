@@ -435,6 +435,23 @@ def test_gold_items_repeats_and_old_labels_are_left_out_as_asked(study):
     assert names("labels", last=2) == ["8", "9"]
 
 
+@pytest.mark.parametrize("nothing", ["", " \n", []])
+def test_an_answer_to_nothing_is_no_demonstration_and_is_told_of(tmp_path, capsys, nothing):
+    sides = (Candidate(REPLY), Candidate(RUDE)) if nothing == [] else SIDES
+    lone = said(Answer((1, 2), rewrite="better"), item=Item("compare", nothing, sides), name="lone")
+    store, out = str(tmp_path / "s.db"), str(tmp_path / "d.jsonl")
+    settings = Export(data=store, output=out, kind="demonstrations")
+    told = "rewritten answers left out for want of a prompt: 1"
+    with Store.open(store) as study:
+        study.take([lone])
+    with pytest.raises(PlauditError, match=told):
+        export(settings)
+    with Store.open(store) as study:
+        study.take([said(Answer((1, 2), rewrite="good"), name="whole")])
+    assert [json.loads(line)["completion"] for line in export(settings).read_text().splitlines()] == ["good"]
+    assert capsys.readouterr().err == f"{told}; the first is label lone\n"
+
+
 def test_a_table_never_calculates(tmp_path):
     bad = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", '=HYPERLINK("http://x","y")']
     labels = []

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from plaudit import config
 from plaudit.errors import PlauditError
-from plaudit.feedback.exporting import rows_of, table
+from plaudit.feedback.exporting import rows_of, table, unprompted
 from plaudit.feedback.importing import read_labels
 from plaudit.feedback.items import Label
 from plaudit.feedback.store import Store, Taken
@@ -61,13 +62,18 @@ def export(settings: Export) -> Path:
     with Store.read(settings.data) as store:
         labels = chosen(store.labels(), settings)
     rows = [] if as_table else rows_of(labels, settings.kind, ties=settings.ties)
+    left = [label for label in labels if settings.kind == "demonstrations" and unprompted(label)]
+    told = f"rewritten answers left out for want of a prompt: {len(left)}" if left else ""
     if not (labels if as_table else rows):
-        raise PlauditError(f"{settings.data}: holds nothing yet that can be exported as {settings.kind}.")
+        why = f"; {told}" if told else ""
+        raise PlauditError(f"{settings.data}: holds nothing yet that can be exported as {settings.kind}{why}.")
     text = table(labels) if as_table else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     try:
         write_atomically(path, gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text)
     except OSError as error:
         raise PlauditError(f"output: {path} cannot be written ({error.strerror}); name another file.") from None
+    if told:
+        print(f"{told}; the first is label {left[0].id}", file=sys.stderr)
     return path
 
 

@@ -127,15 +127,21 @@ def ratings(labels: Iterable[Label]) -> list[Rating]:
 
 
 def demonstrations(labels: Iterable[Label]) -> list[Demonstration]:
-    """What people wrote in place of the candidates."""
+    """What people wrote in place of the candidates, but for what is `unprompted`."""
     found = []
     for label in labels:
         written = label.answer.rewrite
-        if written:
+        if written and not unprompted(label):
             chat = isinstance(label.item.prompt, list)
             completion: Text = [{"role": "assistant", "content": written}] if chat else written
             found.append(Demonstration(label.item.prompt, completion, _columns(label.item, [label], "demonstrations")))
     return found
+
+
+def unprompted(label: Label) -> bool:
+    """Whether somebody wrote an answer to nothing, which demonstrates nothing."""
+    prompt = label.item.prompt
+    return bool(label.answer.rewrite) and not (prompt.strip() if isinstance(prompt, str) else prompt)
 
 
 # ------------------------------------------------------------------------------------------------ rows

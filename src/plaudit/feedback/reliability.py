@@ -88,9 +88,9 @@ def reliability(table: Table) -> Reliability | None:
 def strengths(labels: Iterable[Label], seed: int = 0, resamples: int = 200) -> dict[str, Any]:
     """Bradley-Terry strengths (Bradley and Terry 1952) of the models that were judged, by the name of their source.
 
-    {"models": {name: {"value", "low", "high", "why", "comparisons"}}, "why"}: log strengths with mean 0, fitted by choix
-    (Maystre and Grossglauser 2015, I-LSR), ties half for each, with the percentile bootstrap over items. `why` is a
-    sentence where they are not determined: a model that never lost to any of some others would be infinitely strong.
+    {"models": {name: {"value", "low", "high", "why", "comparisons"}}, "why"}: log strengths with mean 0, fitted by
+    choix (Maystre and Grossglauser 2015, I-LSR), ties half for each, with the percentile bootstrap over items. `why` is
+    a sentence where they are not determined: a model that never lost to any of some others would be infinitely strong.
     A model's `why` says how many resamples are left out because they are so, and that there is no interval (None) where
     they are too many.
     """
