@@ -24,7 +24,7 @@ from starlette.types import ASGIApp
 
 from plaudit.errors import PlauditError
 from plaudit.feedback import views
-from plaudit.feedback.access import Access, Guard, Session, is_same, read_json, same_site
+from plaudit.feedback.access import Access, Guard, Session, is_same, read_json
 from plaudit.feedback.assigning import Assignment, Rules
 from plaudit.feedback.forms import item_from_json
 from plaudit.feedback.items import read_answer
@@ -176,7 +176,7 @@ class Desk:
 
     async def enrol(self, request: Request) -> Response:
         """Makes a person of a name; only with the study's link."""
-        same_site(request)
+        self.access.same_site(request)
         if not self._lets_join(request.path_params["token"]):
             await self.access.find(request.path_params["token"])
             raise Refused(404, "This link is not known here; ask for another one.")
