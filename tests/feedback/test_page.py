@@ -8,6 +8,7 @@ import pytest
 from hostile import TEXTS
 from live import answer, fresh, pair, ranking, rating, site, tasks
 
+from plaudit.feedback import secret
 from plaudit.feedback.items import Answer, Candidate, Item, Label
 from plaudit.feedback.store import Store
 
@@ -670,6 +671,14 @@ def test_joining_by_the_shared_link(study, chromium):
     for one in (tab, lost):
         one.context.close()
         assert one.wrong == []
+
+
+def test_the_page_that_hides_a_link_leads_on_to_it(study, chromium, tmp_path):
+    study.add(pair(0))
+    with chromium.new_context() as context:
+        page = context.new_page()
+        page.goto(secret.doorway(tmp_path / "s.db", f"{study.links.url}/join/{study.token('Ann')}"))
+        sync_api.expect(page.locator(PROMPT)).to_have_text("prompt 0")
 
 
 @pytest.mark.slow

@@ -334,7 +334,9 @@ def announce(links: Links, store: str, items: int, browser: bool) -> None:
     print(f"\nProgress, agreement and every answer, for you alone:\n\n  {links.review}\n")
     print("Every answer is saved as it is given. Ctrl+C ends the server; the links stay good.", flush=True)
     if browser and sys.stdout.isatty():
-        webbrowser.open(links.join or next(iter(links.people.values())))
+        from plaudit.feedback import secret
+
+        webbrowser.open(secret.doorway(Path(store), links.join or next(iter(links.people.values()))))
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ class Label(Sampling, Machine):
     token_file: str = ""
     """File with a secret of your own for the review page, which a server for other machines needs."""
     browser: bool = False
-    """Open the page in the browser."""
+    """Open the page in the browser, by a private page beside the store, which the link is read from."""
     limit: CountOrNone = 0
     """Only the first so many rows of the data, or prompts; 0 takes all."""
     several: Annotated[int, Ge(2), Le(9)] = 2
