@@ -391,6 +391,23 @@ def test_no_script_makes_markup_of_text_and_no_page_reaches_out():
             assert len(text.splitlines()) < 300
 
 
+def test_every_page_is_whole_and_those_before_the_questions_share_their_head(shared):
+    client, ann = shared.client(), newcomer(shared)
+    doors = [client.get(path) for path in (shared.links.join, "/", "/join/nothing")]
+    link = f"/join/{ann.headers['authorization'].partition(' ')[2]}"
+    doors.append(client.get(link, headers={"sec-fetch-site": "cross-site"}))
+    assert [reply.status_code for reply in doors] == [200, 401, 404, 200]
+    for reply in (*doors, ann.get("/"), shared.manager.get("/review")):
+        assert re.fullmatch(
+            r"<!doctype html>\n<html.*<head>.*</head>\n<body.*<main>.*</main>.*</html>\n", reply.text, re.S
+        )
+        assert reply.text.count("<html") == 1
+        assert "$" not in reply.text
+    heads = {reply.text.partition("</head>")[0] for reply in doors}
+    assert len(heads) == 1
+    assert ["join.js" in reply.text for reply in doors] == [True, False, False, False]
+
+
 def test_the_server_never_builds_markup():
     source = (Path(server.__file__)).read_text()
     strings = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]

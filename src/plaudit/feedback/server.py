@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Template
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -39,6 +40,8 @@ TYPES = {
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
 }
+DOORS = ("join.html", "joined.html", "lost.html")
+"""What people see before they are let in."""
 MOST_TASKS = 20
 PER_PAGE = 50
 LARGEST = 10**15 - 1
@@ -81,7 +84,7 @@ class Desk:
 
     def __init__(self, store: Store, study: Study, access: Access, renewed: Callable[[str, str], None]) -> None:
         self.store, self.study, self.access, self.renewed = store, study, access, renewed
-        self.files = {path.name: (path.read_bytes(), TYPES[path.suffix]) for path in PAGES.iterdir()}
+        self.files = _pages()
         self.figures: tuple[float, str, dict[str, Any]] = 0.0, "", {}
         self.figuring = threading.Lock()
         # One works while the other waits for the disk. More would only stand before the store's lock, which they get
@@ -359,6 +362,15 @@ class Desk:
                 return found
 
         return JSONResponse(await run_in_threadpool(figure))
+
+
+def _pages() -> dict[str, tuple[bytes, str]]:
+    """By name, the files of the pages and what they are. Those that stand before the questions share a frame, which
+    the standard library fills, so that the server need not load jinja2 before it answers."""
+    files = {path.name: (path.read_text("utf-8"), TYPES[path.suffix]) for path in PAGES.iterdir()}
+    frame, kind = files.pop("door.html")
+    files |= {name: (Template(frame).substitute(main=files[name][0]), kind) for name in DOORS}
+    return {name: (text.encode(), kind) for name, (text, kind) in files.items()}
 
 
 def _text(body: Mapping[str, Any], name: str) -> str:
