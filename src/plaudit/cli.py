@@ -209,9 +209,9 @@ def _file_verb(verb: str, words: list[str]) -> None:
     if verb in ("run", "loop") and not words:
         raise PlauditError(f"give a file: plaudit {verb} FILE")
     if verb == "loop":
-        from plaudit import loop
+        from plaudit import looping
 
-        print(loop.run(words[0], words[1:]))
+        print(looping.run(words[0], words[1:]))
         return
     file, overrides = (words[0], words[1:]) if verb == "run" else (shipped("quickstart.yaml"), words)
     print(pipeline.run(file, overrides))
