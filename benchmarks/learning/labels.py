@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import plaudit
-from plaudit.loop import loop
+from plaudit.looping import loop
 from plaudit.machine import Guard
 from plaudit.run import write_atomically
 from plaudit.settings.feedback import Loop

@@ -6,6 +6,7 @@ run = train(SFT(model="my-model", data="demonstrations.jsonl"))
 print(run.final)  # a folder that `from_pretrained` opens
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from plaudit.errors import PlauditError
@@ -30,14 +31,21 @@ from plaudit.settings import (
     SFT,
     SPPO,
     VPG,
+    Agreement,
+    Annotate,
     APODown,
     APOZero,
     AveragedIPO,
     BestOfN,
+    Compare,
     DiscoPOP,
     DrGRPO,
     Evaluate,
+    Export,
     Hinge,
+    Import,
+    Label,
+    Loop,
     OnlineDPO,
     ReinforcePP,
     Reward,
@@ -47,8 +55,13 @@ from plaudit.settings import (
 )
 
 if TYPE_CHECKING:
+    from plaudit.feedback.exchange import export, take_in
     from plaudit.inference import evaluate, sample
+    from plaudit.labelling import label
+    from plaudit.looping import loop
+    from plaudit.people import agreement, annotate
     from plaudit.recipes import train
+    from plaudit.versus import compare
 
 __version__ = "0.1.0"
 __all__ = [
@@ -74,12 +87,19 @@ __all__ = [
     "VPG",
     "APODown",
     "APOZero",
+    "Agreement",
+    "Annotate",
     "AveragedIPO",
     "BestOfN",
+    "Compare",
     "DiscoPOP",
     "DrGRPO",
     "Evaluate",
+    "Export",
     "Hinge",
+    "Import",
+    "Label",
+    "Loop",
     "OnlineDPO",
     "PlauditError",
     "ReinforcePP",
@@ -87,20 +107,36 @@ __all__ = [
     "RobustDPO",
     "Sample",
     "SimPO",
+    "agreement",
+    "annotate",
+    "compare",
     "evaluate",
+    "export",
+    "label",
+    "loop",
     "sample",
+    "take_in",
     "train",
 ]
 
 
+_DOORS = {
+    "agreement": "people",
+    "annotate": "people",
+    "compare": "versus",
+    "evaluate": "inference",
+    "export": "feedback.exchange",
+    "label": "labelling",
+    "loop": "looping",
+    "sample": "inference",
+    "take_in": "feedback.exchange",
+    "train": "recipes",
+}
+"""Where the functions are that are told what to do by settings."""
+
+
 def __getattr__(name: str) -> Any:
     """The doors load only when somebody goes through them."""
-    if name in ("evaluate", "sample"):
-        from plaudit import inference
-
-        return getattr(inference, name)
-    if name == "train":
-        from plaudit import recipes
-
-        return recipes.train
-    raise AttributeError(f"module 'plaudit' has no attribute {name!r}")
+    if name not in _DOORS:
+        raise AttributeError(f"module 'plaudit' has no attribute {name!r}")
+    return getattr(import_module(f"plaudit.{_DOORS[name]}"), name)

@@ -193,7 +193,7 @@ def _with_people(verb: str, settings: Any) -> None:
     else:
         from plaudit.feedback import exchange
 
-        print(exchange.export(settings) if verb == "export" else f"{exchange.take_in(settings)} new labels")
+        print(exchange.export(settings) if verb == "export" else exchange.take_in(settings))
 
 
 def _file_verb(verb: str, words: list[str]) -> None:
@@ -209,9 +209,9 @@ def _file_verb(verb: str, words: list[str]) -> None:
     if verb in ("run", "loop") and not words:
         raise PlauditError(f"give a file: plaudit {verb} FILE")
     if verb == "loop":
-        from plaudit import loop
+        from plaudit import looping
 
-        print(loop.run(words[0], words[1:]))
+        print(looping.run(words[0], words[1:]))
         return
     file, overrides = (words[0], words[1:]) if verb == "run" else (shipped("quickstart.yaml"), words)
     print(pipeline.run(file, overrides))

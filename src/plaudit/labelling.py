@@ -8,7 +8,7 @@ from pathlib import Path
 
 from plaudit import checks, config
 from plaudit.errors import PlauditError
-from plaudit.feedback import serving
+from plaudit.feedback import secret, serving
 from plaudit.feedback.items import Item
 from plaudit.feedback.store import Store
 from plaudit.settings.feedback import Label
@@ -38,7 +38,10 @@ def label(settings: Label) -> None:
     def ready(links: serving.Links) -> None:
         serving.announce(links, str(path), count, settings.browser)
 
-    answers = serving.serve(options, ready)
+    try:
+        answers = serving.serve(options, ready)
+    finally:
+        secret.door_of(path).unlink(missing_ok=True)
     print(
         f"\nStopped. {answers} answer{'s' * (answers != 1)} in {path}; `plaudit agreement --data {path}` looks at them."
     )

@@ -16,7 +16,7 @@ from plaudit.settings import VERBS, Reward
 from plaudit.settings.feedback import Annotate, Loop, Queries
 from plaudit.settings.policy_gradient import OnPolicy
 
-FREE = ("output", "device", "threads", "port", "wait", "target")
+FREE = ("output", "device", "threads", "port", "address", "wait", "target")
 """What may change between the beginning of a loop and its going on."""
 SECTIONS = ("queries", "reward", "policy", "synthetic")
 FITTING = {

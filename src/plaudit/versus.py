@@ -9,6 +9,7 @@ from typing import Any
 
 from plaudit import checks, config, data, machine, sources, statistics
 from plaudit.errors import PlauditError
+from plaudit.feedback import serving
 from plaudit.feedback.desk import Desk, keep, kept
 from plaudit.feedback.items import Item, Label
 from plaudit.records import Prompt
@@ -16,7 +17,7 @@ from plaudit.run import Run
 from plaudit.settings import Evaluate
 from plaudit.settings.feedback import Compare
 
-FREE = ("output", "device", "threads", "port")
+FREE = ("output", "device", "threads", "port", "address")
 STORE = "answers.sqlite"
 """In the run folder: what people said."""
 SHOWN = 10
@@ -79,6 +80,7 @@ def _by_judge(settings: Compare, names: Sequence[str]) -> Run:
 
 
 def _by_people(settings: Compare, names: Sequence[str]) -> Run:
+    serving.origin_of(settings.address)
     checks.check_data(settings.data)
     for folder in _folders(settings):
         checks.check_model(folder)
@@ -132,7 +134,8 @@ def _answered(settings: Compare, names: Sequence[str], run: Run) -> None:
 
     items = kept(run.folder / "ask.jsonl")
     needed = len(items) * settings.overlap
-    with Desk.open(run.folder / STORE, port=settings.port, overlap=settings.overlap) as desk:
+    asking = {"port": settings.port, "address": settings.address, "overlap": settings.overlap}
+    with Desk.open(run.folder / STORE, **asking) as desk:
         desk.ask(items)
         desk.tell(tell)
         bar, task = progress_bar("answers", needed, unit="answers")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from doorway import PROMPTS, by_all_doors, weights
@@ -64,6 +67,17 @@ def test_a_reward_model_rewards_a_policy_of_another_kind(plaudit, models, prompt
 def test_python_validates_as_the_command_does(models):
     with pytest.raises(PlauditError, match="`kl` is -1"):
         train(PPO(model=str(models / "plain"), data="x.jsonl", rewards="count:a", kl=-1))
+
+
+def test_the_doors_of_people_open_from_the_package_without_torch():
+    code = (
+        "import sys; from plaudit import Agreement, Annotate, Compare, Export, Import, Label, Loop;"
+        "from plaudit import agreement, annotate, export, label, take_in;"
+        "assert 'torch' not in sys.modules; from plaudit import compare, loop;"
+        "assert all(map(callable, (agreement, annotate, compare, export, label, loop, take_in)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_package_shows_what_it_promises_and_nothing_else():

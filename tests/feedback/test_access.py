@@ -16,7 +16,8 @@ from live import answer, pair, site, tasks
 
 from plaudit import PlauditError
 from plaudit.feedback import secret, serving
-from plaudit.feedback.access import Access, Bucket, Limits
+from plaudit.feedback.access import HEADERS, Access, Bucket, Limits
+from plaudit.feedback.desk import Desk
 from plaudit.feedback.refusals import Refused
 from plaudit.feedback.store import Store
 
@@ -167,6 +168,15 @@ def test_pages_carry_the_headers_that_keep_them_safe(study, ann):
         assert reply.headers["cache-control"] == "no-store"
         assert "access-control-allow-origin" not in reply.headers
         assert "server" not in reply.headers
+
+
+def test_an_answer_to_what_nobody_expected_is_a_sentence_with_the_same_headers(study, ann, monkeypatch):
+    sound = ann.get("/api/progress")
+    monkeypatch.setattr(Store, "next", lambda *_: 1 / 0)
+    reply = ann.get("/api/next")
+    assert reply.status_code == 500
+    assert reply.json() == {"error": "Something went wrong in the server; its terminal says what."}
+    assert {name: reply.headers.get(name) for name in HEADERS} == {name: sound.headers[name] for name in HEADERS}
 
 
 @pytest.mark.parametrize(
@@ -361,6 +371,48 @@ def test_with_a_token_of_the_users_it_is_reached_by_the_names_given(tmp_path):
         for host, status in [("label.example", 401), ("127.0.0.1", 401), ("10.1.2.3", 401), ("evil.example", 403)]:
             reply = httpx.get(f"http://127.0.0.1:{port}/", headers={"host": host})
             assert reply.status_code == status, host
+
+
+def test_behind_a_proxy_with_tls_it_is_reached_by_its_address_alone(tmp_path):
+    own = "https://labels.example.org"
+    with site(tmp_path / "p.db", address=f"{own.upper()}:443/", people=("Ann",)) as study:
+        assert study.links.url.startswith("http://127.0.0.1:")
+        links = [study.links.people["Ann"], study.links.review]
+        assert all(link.startswith(f"{own}/join/") for link in links)
+        token = study.links.people["Ann"].rpartition("/")[2]
+        for host, status in [("labels.example.org", 303), ("127.0.0.1", 303), ("example.org", 403)]:
+            assert raw(study, host, f"/join/{token}")[0] == status
+        cookie = study.client().get(f"/join/{token}").headers["set-cookie"]
+        assert "secure" in cookie.lower()
+        sent = {"cookie": cookie.partition(";")[0]}
+        csrf = study.client().get("/api/study", headers=sent).json()["csrf"]
+        for origin, status in [(own, 200), (own.replace("https", "http"), 403), ("https://example.org", 403)]:
+            # The proxy names itself as Host, as nginx does unless it is told otherwise.
+            headers = {**sent, "x-csrf-token": csrf, "origin": origin}
+            assert study.client().post("/api/undo", json={"key": "k"}, headers=headers).status_code == status
+    with site(tmp_path / "o.db", people=("Ann",)) as study:
+        assert "secure" not in study.client().get(study.links.people["Ann"]).headers["set-cookie"].lower()
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["labels.example.org", "ftp://labels.example.org", "https://", "https://labels.example.org/study", "https://a b",
+     "https://me@labels.example.org", "https://labels.example.org:x", "https://[::1", "https://a?b", "https://bücher.de"],
+)  # fmt: skip
+def test_an_address_that_is_none_is_told(tmp_path, address):
+    with pytest.raises(PlauditError, match=r"address: .* is none such as https://labels\.example\.org"):
+        serving.serve(serving.Options(store=str(tmp_path / "w.db"), address=address), print)
+    assert not (tmp_path / "w.db").exists()
+
+
+def test_a_program_reaches_its_own_server_whatever_the_address(tmp_path):
+    told = []
+    with Desk.open(tmp_path / "d.db", address="https://labels.example.org:8443") as desk:
+        desk.ask([pair(0)])
+        desk.tell(told.append)
+    assert [line.partition("/join/")[0] for line in told] == [
+        f"{name}: https://labels.example.org:8443" for name in ("people", "review")
+    ]
 
 
 def test_the_default_is_loopback(tmp_path):

@@ -12,15 +12,16 @@ from hypothesis import given
 from hypothesis import settings as trying
 from hypothesis import strategies as st
 
+from plaudit.cli import main
 from plaudit.errors import PlauditError
 from plaudit.feedback.candidates import read_items
 from plaudit.feedback.exchange import export, take_in
-from plaudit.feedback.exporting import comparisons, in_words, rankings, ratings, rows_of
+from plaudit.feedback.exporting import comparisons, rankings, ratings, rows_of
 from plaudit.feedback.forms import item_from_json, item_to_json, label_from_json, label_to_json
 from plaudit.feedback.gathering import gather
 from plaudit.feedback.habits import position
 from plaudit.feedback.importing import read_labels
-from plaudit.feedback.items import Answer, Candidate, Item, Label
+from plaudit.feedback.items import Answer, Candidate, Item, Label, in_words
 from plaudit.feedback.store import Rules, Store
 from plaudit.records import Comparison, Demonstration, Ranking, Rating, load
 from plaudit.settings.feedback import Export, Import
@@ -343,7 +344,7 @@ def study(tmp_path):
         said(Answer((1, 2), rewrite="Good day"), item=chat, name="9"),
     ]
     with Store.open(tmp_path / "study.db") as store:
-        assert store.take(labels) == len(labels)
+        assert store.take(labels) == ["new"] * len(labels)
     return str(tmp_path / "study.db")
 
 
@@ -409,7 +410,7 @@ def test_what_an_item_says_of_itself_never_stands_for_what_people_said(tmp_path)
         path = written(tmp_path, *rows_of([wanted], kind), name=f"{kind}.jsonl")
         (record,) = load(path, Rating).records
         assert (record.ratings, record.columns["topic"]) == ((1.0,), "t")
-        assert read_labels(path) == [wanted]
+        assert [label for _, label in read_labels(path).labels] == [wanted]
 
 
 def test_labels_that_two_files_hold_count_once(study, tmp_path):
@@ -432,6 +433,23 @@ def test_gold_items_repeats_and_old_labels_are_left_out_as_asked(study):
     assert names(last=3) == ["8", "9"]  # of the last three, one could not be compared
     assert names("labels") == [str(number) for number in range(1, 10)]
     assert names("labels", last=2) == ["8", "9"]
+
+
+@pytest.mark.parametrize("nothing", ["", " \n", []])
+def test_an_answer_to_nothing_is_no_demonstration_and_is_told_of(tmp_path, capsys, nothing):
+    sides = (Candidate(REPLY), Candidate(RUDE)) if nothing == [] else SIDES
+    lone = said(Answer((1, 2), rewrite="better"), item=Item("compare", nothing, sides), name="lone")
+    store, out = str(tmp_path / "s.db"), str(tmp_path / "d.jsonl")
+    settings = Export(data=store, output=out, kind="demonstrations")
+    told = "rewritten answers left out for want of a prompt: 1"
+    with Store.open(store) as study:
+        study.take([lone])
+    with pytest.raises(PlauditError, match=told):
+        export(settings)
+    with Store.open(store) as study:
+        study.take([said(Answer((1, 2), rewrite="good"), name="whole")])
+    assert [json.loads(line)["completion"] for line in export(settings).read_text().splitlines()] == ["good"]
+    assert capsys.readouterr().err == f"{told}; the first is label lone\n"
 
 
 def test_a_table_never_calculates(tmp_path):
@@ -516,7 +534,7 @@ def test_an_export_imported_again_is_the_same(labels, kind, ending):
     with TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
         folder = Path(name)
         with Store.open(folder / "1.db") as store:
-            assert store.take(labels) == len(labels)
+            assert store.take(labels) == ["new"] * len(labels)
             assert store.labels() == labels
         contents = []
         for turn in (1, 2):
@@ -524,7 +542,7 @@ def test_an_export_imported_again_is_the_same(labels, kind, ending):
             export(Export(data=str(folder / f"{turn}.db"), output=str(path), kind=kind, gold=True, repeats=True))
             contents.append(gzip.decompress(path.read_bytes()) if ending else path.read_bytes())
             back = Import(data=str(path), output=str(folder / f"{turn + 1}.db"))
-            assert (take_in(back), take_in(back)) == (len(wanted), 0)
+            assert (take_in(back).new, take_in(back).new) == (len(wanted), 0)
         assert contents[0] == contents[1]
         with Store.read(folder / "2.db") as store:
             found = store.labels()
@@ -535,9 +553,9 @@ def test_an_export_imported_again_is_the_same(labels, kind, ending):
 def test_thumbs_come_back_as_they_were(study):
     path = Path(study).with_name("t.jsonl")
     rows = exported(study, "thumbs", "t.jsonl")
-    assert take_in(Import(data=str(path), output=study)) == 0
+    assert take_in(Import(data=str(path), output=study)).new == 0
     again = str(path.with_name("again.db"))
-    assert take_in(Import(data=str(path), output=again)) == 2
+    assert take_in(Import(data=str(path), output=again)).new == 2
     assert exported(again, "thumbs", "t2.jsonl") == rows
 
 
@@ -554,7 +572,9 @@ def test_records_from_anywhere_become_labels(tmp_path):
         {"prompt": "p", "chosen": "same", "rejected": "same", "person": "ann"},
     ]
     path = written(tmp_path, *rows)
-    found = read_labels(path, by="crowd")
+    read = read_labels(path, by="crowd")
+    found = [label for _, label in read.labels]
+    assert read.dropped == {"chosen and rejected are the same": [f"{path}:9"]}
     assert [(one.person, texts(one.item), one.answer.ranks or one.answer.rating) for one in found] == [
         ("ann", ["x", "y"], (1, 2)),
         ("bob", ["x", "y"], (1, 1)),
@@ -579,13 +599,33 @@ def test_records_from_anywhere_become_labels(tmp_path):
         ["n", "m"],
     )
     store = str(tmp_path / "s.db")
-    assert [take_in(Import(data=str(path), output=store, by="crowd")) for _ in range(2)] == [10, 0]
+    assert [take_in(Import(data=str(path), output=store, by="crowd")).new for _ in range(2)] == [10, 0]
     first = exported(store, "comparisons", "1.jsonl")
-    assert take_in(Import(data=str(tmp_path / "1.jsonl"), output=str(tmp_path / "2.db"))) == 5
+    assert take_in(Import(data=str(tmp_path / "1.jsonl"), output=str(tmp_path / "2.db"))).new == 5
     assert exported(str(tmp_path / "2.db"), "comparisons", "2.jsonl") == first
 
 
 PAIR = {"prompt": "p", "chosen": "x", "rejected": "y"}
+
+
+def test_what_becomes_of_each_row_is_told_with_the_line_of_the_first(tmp_path, capsys):
+    rows = [PAIR, {**PAIR, "prompt": "q"}, PAIR, {**PAIR, "preference": 0}, {**PAIR, "rejected": "x"}]
+    rows += [{"prompt": "r", "completion": " ", "rating": 1}, {"prompt": "r", "completion": "c", "rating": 1}]
+    path, store = written(tmp_path, *rows), tmp_path / "s.db"
+    words = ["import", "--data", str(path), "--output", str(store), "--by", "ann"]
+    assert main(words) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "4 new labels",
+        f"1 left out, already there; the first: {path}:3",
+        f"1 kept as repeats, because the same person had answered the same before; the first: {path}:4",
+        f"1 left out, because chosen and rejected are the same; the first: {path}:5",
+        f"1 left out, because a completion is empty; the first: {path}:6",
+    ]
+    assert main(words) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == ["0 new labels", f"5 left out, already there; the first: {path}:1"]
+    with Store.read(store) as found:
+        assert len(found.labels()) == 4
 
 
 @pytest.mark.parametrize(
@@ -616,7 +656,7 @@ def test_a_row_that_is_no_label_is_refused_and_nothing_taken(tmp_path, row, prob
 def test_another_answer_of_the_same_person_becomes_a_repeat(study):
     again = said(Answer((1, 2)), name="elsewhere")
     with Store.open(study) as store:
-        store.take([again])
+        assert store.take([again]) == ["repeat"]
         assert store.labels()[-1] == replace(again, repeat=2)
 
 

@@ -3,8 +3,10 @@
 import json
 import re
 import signal
+import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import pytest
@@ -74,6 +76,25 @@ def test_from_the_terminal_to_an_answer_and_on_again(tmp_path):
     assert "1 answer in" in again.stdout.read()
     assert again.wait(10) == 0
     again.stdout.close()
+
+
+def test_the_browser_is_opened_without_telling_the_machine_the_token(tmp_path, monkeypatch):
+    opened = []
+
+    def serve(options, ready):
+        ready(serving.Links("http://127.0.0.1:1", "http://127.0.0.1:1/join/secret-token", {}, "", ""))
+        page = Path(opened[0].removeprefix("file://"))
+        assert "url=http://127.0.0.1:1/join/secret-token" in page.read_text()
+        assert stat.S_IMODE(page.stat().st_mode) == 0o600
+        return 0
+
+    monkeypatch.setattr(serving, "serve", serve)
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    data = written(tmp_path / "c.jsonl", {"prompt": "p", "completions": ["a", "b"]})
+    labelling.label(Label(data=data, store=str(tmp_path / "s.db"), browser=True))
+    assert "secret" not in opened[0]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".db", ".jsonl", ".lock"]
 
 
 @pytest.mark.parametrize(

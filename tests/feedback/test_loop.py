@@ -16,8 +16,7 @@ import yaml
 from people import answering, former
 
 import tiny
-from plaudit import asking, evaluate, loop_page, machine
-from plaudit import loop as looping
+from plaudit import asking, evaluate, loop_page, looping, machine
 from plaudit.cli import shipped
 from plaudit.errors import PlauditError
 from plaudit.feedback.annotator import Annotator
@@ -437,7 +436,7 @@ def test_killed_at_any_time(whole, tmp_path, seed):
     kills = 0
     while not (broken / "out" / "summary.json").exists():
         process = subprocess.Popen(
-            [sys.executable, "-c", "import torch, plaudit.loop as l; torch.set_num_threads(1); l.run('loop.yaml')"],
+            [sys.executable, "-c", "import torch, plaudit.looping as l; torch.set_num_threads(1); l.run('loop.yaml')"],
             cwd=broken,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             stderr=subprocess.DEVNULL,

@@ -8,7 +8,9 @@ import pytest
 from hostile import TEXTS
 from live import answer, fresh, pair, ranking, rating, site, tasks
 
-from plaudit.feedback.items import Answer, Candidate, Item
+from plaudit.feedback import secret
+from plaudit.feedback.items import Answer, Candidate, Item, Label
+from plaudit.feedback.store import Store
 
 CHROMIUM = shutil.which("chromium")
 sync_api = pytest.importorskip("playwright.sync_api", reason="the pages are tested with playwright: pip install it")
@@ -16,11 +18,14 @@ pytestmark = pytest.mark.skipif(
     not CHROMIUM, reason="the pages are tested in Chromium, and there is no `chromium` here"
 )
 PROMPT = "#prompt .text"
+WAIT = 10_000
+"""Milliseconds that a page may take to show what is expected: twice as long as it may need until it asks the server."""
 
 
 @pytest.fixture(scope="module")
 def chromium():
     with sync_api.sync_playwright() as playwright:
+        sync_api.expect.set_options(timeout=WAIT)
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -32,7 +37,7 @@ class Tab:
     def __init__(self, browser, study, link, **look):
         self.wrong = []
         self.context = browser.new_context(**look)
-        self.context.set_default_timeout(10_000)
+        self.context.set_default_timeout(WAIT)
         self.study = study
         self.page = self.open(link)
 
@@ -515,6 +520,52 @@ def test_unsent_answers_survive_the_server_and_the_page(tmp_path, people):
         tab.see("#sending", "")
 
 
+HASTE = "const own = AbortSignal.timeout; AbortSignal.timeout = time => own.call(AbortSignal, time / 20);"
+
+
+def between(tab, what):
+    """Puts `what` between page and server: it gets the requests while the list that this gives holds anything."""
+    away = []
+    tab.page.add_init_script(HASTE)
+    tab.page.route("**/api/**", lambda route: what(route) if away else route.continue_())
+    tab.page.reload()
+    tab.see(PROMPT, "prompt 0")
+    return away
+
+
+def test_a_connection_that_hangs_is_told_and_loses_nothing(study, people):
+    study.add(*(pair(number) for number in range(5)))
+    tab = people(study)
+    hanging = []
+    away = between(tab, hanging.append)
+    away.append(True)
+    tab.keys("ArrowLeft")
+    tab.see("#sending", "No connection to the server. 1 answer waits in this browser and will be sent.")
+    tab.keys("n")
+    tab.page.keyboard.type("half a note")
+    tab.keys("Escape", "ArrowRight")
+    sync_api.expect(tab.page.locator("#sending")).to_contain_text("2 answers wait in this browser")
+    assert study.labels() == []
+    assert hanging
+    away.clear()
+    labels = tab.answered(2)
+    assert [shown(label) for label in labels] == [Answer((1, 2)), Answer((2, 1), note="half a note")]
+    tab.see("#sending", "")
+
+
+@pytest.mark.parametrize("status", [200, 404, 502])
+def test_what_answers_in_place_of_the_server_acknowledges_and_refuses_nothing(study, people, status):
+    """A proxy's page, or that of a network which wants one to sign in."""
+    study.add(pair(0), pair(1))
+    tab = people(study)
+    away = between(tab, lambda route: route.fulfill(status=status, body="<p>Sign in</p>"))
+    away.append(True)
+    tab.keys("ArrowLeft")
+    tab.see("#sending", "No connection to the server. 1 answer waits in this browser and will be sent.")
+    away.clear()
+    assert [shown(label).ranks for label in tab.answered(1)] == [(1, 2)]
+
+
 @pytest.mark.slow
 def test_answers_go_on_while_the_server_restarts_under_the_page(tmp_path, people):
     path = tmp_path / "labels.db"
@@ -622,6 +673,14 @@ def test_joining_by_the_shared_link(study, chromium):
         assert one.wrong == []
 
 
+def test_the_page_that_hides_a_link_leads_on_to_it(study, chromium, tmp_path):
+    study.add(pair(0))
+    with chromium.new_context() as context:
+        page = context.new_page()
+        page.goto(secret.doorway(tmp_path / "s.db", f"{study.links.url}/join/{study.token('Ann')}"))
+        sync_api.expect(page.locator(PROMPT)).to_have_text("prompt 0")
+
+
 @pytest.mark.slow
 def test_the_review_page_follows_the_study(own, chromium):
     study = own
@@ -697,13 +756,35 @@ def test_an_answer_that_is_read_stays_open_while_others_come(own, chromium):
     assert tab.wrong == []
 
 
+def test_the_review_says_that_the_order_shown_is_unknown(tmp_path, chromium):
+    path = tmp_path / "labels.db"
+    with Store.open(path) as store:
+        store.take([Label("imported", pair(0), "Ann", Answer((2, 1)), (), 0.0, 0.0, 0)])
+    with site(path) as study:
+        study.add(pair(1))
+        bob = study.person("Bob")
+        answer(bob, tasks(bob)[0], {"choice": "left"}, "one")
+        tab = Tab(chromium, study, study.links.review)
+        sync_api.expect(tab.page.locator("details")).to_have_count(2)
+        flags = [row.locator("i").all_inner_texts() for row in tab.page.locator("details").all()]
+        assert flags == [[], ["order unknown"]]
+        tab.see("details >> nth=1 >> .verdict", "B > A")
+        tab.page.click("details >> nth=1 >> summary")
+        assert tab.page.locator(".full article .text").all_inner_texts() == ["left 0", "right 0"]
+        tab.context.close()
+        assert tab.wrong == []
+
+
 @pytest.mark.slow
 def test_the_review_page_may_come_before_the_connection(own, chromium):
     tab = Tab(chromium, own, own.links.review, viewport={"width": 360, "height": 640})
+    tab.page.clock.install()
     tab.page.route("**/api/**", lambda route: route.abort())
     tab.page.reload()
     tab.see("#problem", "No connection to the server; trying again.")
-    tab.page.unroute_all()
+    tab.page.route("**/api/agreement", lambda route: None)  # the first figures take seconds, where much else is done
+    tab.page.unroute("**/api/**")
+    tab.page.clock.fast_forward(6000)
     tab.see("#headline", "0 answers from 0 people")
     tab.see("#problem", "")
     tab.page.fill("#link-name", "Ann")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from labelled import compared, item, label, rated
 from scipy.special import expit
 
 from plaudit.feedback import kappas
+from plaudit.feedback.agreement import summary
 from plaudit.feedback.items import Answer
 from plaudit.feedback.reliability import consensus, reliability, strengths
 
@@ -142,6 +144,21 @@ def test_a_model_that_never_lost_is_said_to_have_no_strength():
     assert found["models"] == {}
     assert "Nothing beat x" in found["why"]
     assert "do not say which models" in strengths(compared({"ann": "12"}))["why"]
+
+
+@pytest.mark.parametrize(
+    ("lost", "told"),
+    [(1, r"\d+ of 200 resamples leave it undetermined: too many for an interval."),
+     (4, r"\d of 200 resamples leave it undetermined: the interval is that of the others."), (30, "$")],
+)  # fmt: skip
+def test_resamples_without_a_loss_are_told_and_make_no_interval_narrow(lost, told):
+    """A resample of n items misses one of `lost` losses with probability (1 - lost / n)^n, about exp(-lost)."""
+    labels = contests([("x", "y", "1")] * 60 + [("y", "x", "1")] * lost)
+    found = strengths(labels)["models"]["x"]
+    assert re.match(told, found["why"]), found
+    assert (found["low"] is None, found["high"] is None) == (lost == 1, lost == 1)
+    notes = summary(labels, resamples=200)["notes"]
+    assert [note for note in notes if "undetermined" in note] == [f"Strengths: {found['why']}"] * (lost < 30)
 
 
 # -------------------------------------------------------------------------------------------------------- consensus

@@ -301,6 +301,29 @@ def check_review(study):
     assert study.manager.get("/api/agreement").json()["people"]["ann"]["labels"] == 55
 
 
+def test_a_review_reads_the_page_that_is_shown_and_nothing_where_nothing_happened(tmp_path, monkeypatch):
+    with site(tmp_path / "labels.db") as study:
+        study.add(*(pair(number) for number in range(60)))
+        ann = study.person("ann")
+        for number in range(52):
+            answer(ann, tasks(ann)[0], {"choice": "left"}, f"k{number}")
+
+        def look(page, since=""):
+            return study.manager.get("/api/review", params={"page": page, "since": since}).json()
+
+        monkeypatch.setattr(server, "RATE_EVERY", 1e9)
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "labels", None)  # which reads them all
+            first = look(1)
+            assert (len(first["labels"]), first["pages"]) == (50, 2)
+            patch.setattr(Store, "newest", None)
+            assert look(1, first["version"]) == {"version": first["version"]}
+        assert len(look(2, first["version"])["labels"]) == 2
+        ann.post("/api/undo", json={"key": "u"})
+        after = look(1, first["version"])
+        assert (after["people"], after["labels"][0]["id"]) == ({"ann": 51}, first["labels"][1]["id"])
+
+
 # ------------------------------------------------------------------------------------------------ running
 
 
@@ -366,6 +389,23 @@ def test_no_script_makes_markup_of_text_and_no_page_reaches_out():
             )
         if path.suffix == ".js":
             assert len(text.splitlines()) < 300
+
+
+def test_every_page_is_whole_and_those_before_the_questions_share_their_head(shared):
+    client, ann = shared.client(), newcomer(shared)
+    doors = [client.get(path) for path in (shared.links.join, "/", "/join/nothing")]
+    link = f"/join/{ann.headers['authorization'].partition(' ')[2]}"
+    doors.append(client.get(link, headers={"sec-fetch-site": "cross-site"}))
+    assert [reply.status_code for reply in doors] == [200, 401, 404, 200]
+    for reply in (*doors, ann.get("/"), shared.manager.get("/review")):
+        assert re.fullmatch(
+            r"<!doctype html>\n<html.*<head>.*</head>\n<body.*<main>.*</main>.*</html>\n", reply.text, re.S
+        )
+        assert reply.text.count("<html") == 1
+        assert "$" not in reply.text
+    heads = {reply.text.partition("</head>")[0] for reply in doors}
+    assert len(heads) == 1
+    assert ["join.js" in reply.text for reply in doors] == [True, False, False, False]
 
 
 def test_the_server_never_builds_markup():

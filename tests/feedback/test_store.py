@@ -377,6 +377,7 @@ def test_any_sequence_of_events_leaves_the_labels_that_a_simple_model_has(steps,
                     answered(store, model, step, key, assignments[key], turn, number)
             labels = [(int(la.item.prompt.split()[1]), la.person, la.answer.ranks) for la in store.labels()]
             assert labels == model.labels()
+        assert store.newest(2, 1) == store.labels()[::-1][1:3]
         counts = store.progress(None, rules, float(model.now))
         wanted = model.labels()
         assert counts.people == {person: sum(who == person for _, who, _ in wanted) for person in PEOPLE}
@@ -460,6 +461,28 @@ def test_items_are_known_by_what_they_ask_and_come_back_whole(path):
         assert len(store.items()) == 3
 
 
+def test_a_right_answer_that_comes_later_is_kept_as_an_event_and_checks_people_from_then_on(path):
+    always = Rules(gold_share=1.0)
+    with study(path, [pair(1, columns={"topic": "t"}), pair(2)]) as store:
+        give(store, "ann")
+        version = store.version
+        assert store.add([pair(1, gold=FIRST), pair(2)]) == 0
+        assert store.version != version
+        assert store.items() == [pair(1, columns={"topic": "t"}, gold=FIRST), pair(2)]
+        assert [label.item.gold for label in store.labels()] == [FIRST]
+        assert asked(store, "bob", 1, always) == ["prompt 1"]  # though one answer is all that is wanted of others
+        (kept,) = store._db.execute("SELECT answer FROM gold").fetchall()
+        assert kept == ('{"ranks": [1, 2]}',)
+        assert store.add([pair(1), pair(1, gold=FIRST)]) == 0
+        known = r"item 2: the right answer to \"prompt 1\" is B > A, but A > B in the store already"
+        with pytest.raises(PlauditError, match=known):
+            store.add([pair(3), pair(1, gold=Answer((2, 1)))])
+        assert store.items() == [pair(1, columns={"topic": "t"}, gold=FIRST), pair(2)]
+        imported = Label("elsewhere", pair(2, gold=Answer((2, 1))), "cleo", FIRST, (), 0.0, 0.0, 0)
+        assert store.take([imported]) == ["new"]
+        assert store.items()[1].gold == Answer((2, 1))
+
+
 def test_tokens_are_secret_and_can_be_renewed(path):
     with study(path, [], ()) as store:
         token = store.join("  Zoe\u0301 ")
@@ -535,9 +558,10 @@ def test_the_file_is_set_to_lose_nothing(path):
             "SELECT name, strict FROM pragma_table_list WHERE schema = 'main' AND type = 'table'"
         ).fetchall()
         assert {name: strict for name, strict in tables if not name.startswith("sqlite_")} == dict.fromkeys(
-            ("meta", "item", "person", "assignment", "event"), 1
+            ("meta", "item", "person", "assignment", "event", "gold"), 1
         )
-        for change in ("UPDATE event SET ms = 1", "DELETE FROM event"):
+        store.add([pair(1, gold=FIRST)])
+        for change in ("UPDATE event SET ms = 1", "DELETE FROM event", "UPDATE gold SET at = 1", "DELETE FROM gold"):
             with pytest.raises(sqlite3.IntegrityError, match="events are never"):
                 db.execute(change)
         assert [label.ms for label in store.labels()] == [900]
@@ -630,12 +654,13 @@ def test_a_file_that_is_no_store_is_refused_and_left_alone(path, make):
 def test_a_newer_store_is_refused_and_an_older_one_brought_up_to_date(path, monkeypatch):
     with study(path, [pair(1)]) as store:
         label = give(store, "ann")
-    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, "ALTER TABLE item ADD COLUMN colour TEXT; bad"))
+    known = schema.MIGRATIONS
+    monkeypatch.setattr(schema, "MIGRATIONS", (*known, "ALTER TABLE item ADD COLUMN colour TEXT; bad"))
     with pytest.raises(PlauditError, match="older plaudit"):
         Store.read(path)
     with pytest.raises(PlauditError, match="cannot be opened"):
         Store.open(path)
-    monkeypatch.setattr(schema, "MIGRATIONS", (schema.MIGRATIONS[0], "ALTER TABLE item ADD COLUMN colour TEXT;"))
+    monkeypatch.setattr(schema, "MIGRATIONS", (*known, "ALTER TABLE item ADD COLUMN colour TEXT;"))
     for _ in range(2):  # the second time there is nothing to do, which the column would show
         with Store.open(path) as store:
             assert store.labels() == [label]
@@ -644,6 +669,18 @@ def test_a_newer_store_is_refused_and_an_older_one_brought_up_to_date(path, monk
     for how in (Store.open, Store.read):
         with pytest.raises(PlauditError, match="newer plaudit; upgrade"):
             how(path)
+
+
+def test_a_store_of_the_first_version_is_brought_up_to_date(path, monkeypatch):
+    known = schema.MIGRATIONS
+    monkeypatch.setattr(schema, "MIGRATIONS", known[:1])
+    with study(path, [pair(1), pair(2)]) as store:
+        label = give(store, "ann")
+        (other,) = store.next("ann", 1, ONE, 0.0)
+        store.skip(other.id, "ann", key="s", now=1.0)
+    monkeypatch.undo()
+    with Store.open(path) as store:
+        assert (store.labels(), store.newest(9), store.skipped()) == ([label], [label], {"ann": 1})
 
 
 def test_a_damaged_store_is_refused(path):

@@ -20,7 +20,7 @@ import plaudit.asking
 import plaudit.people  # noqa: F401
 from plaudit import comparing, families, loop, loop_page, loop_plan, machine, recipes
 from plaudit.feedback import annotator, desk
-from plaudit.loop import Looping
+from plaudit.looping import Looping
 from plaudit.trainer import Trainer
 
 MOMENTS: dict[str, tuple[Any, str]] = {

@@ -97,7 +97,8 @@ class Access:
     """Decides who a request comes from, by nothing but its token.
 
     `who` finds the person of a token in the store. `names` are the hosts that the server is reached by; where `wide`,
-    it is also reached by any numeric address, which no foreign name server can point here.
+    it is also reached by any numeric address, which no foreign name server can point here. `address` is the origin by
+    which browsers reach it, whatever Host a proxy names; "" where that is the Host.
     """
 
     who: Callable[[str], Known | None]
@@ -105,6 +106,7 @@ class Access:
     study: str
     names: Iterable[str] = ("127.0.0.1", "localhost", "::1")
     wide: bool = False
+    address: str = ""
     limits: Limits = field(default_factory=Limits)
     clock: Callable[[], float] = time.monotonic
 
@@ -166,7 +168,7 @@ class Access:
         if not self._buckets.setdefault(key, Bucket(rate, self.limits.burst, self.clock)).take():
             raise Refused(429, "Too many requests; wait a second.", 1)
         if by_cookie:
-            same_site(request)
+            self.same_site(request)
             sent = request.headers.get("x-csrf-token", "")
             if request.method == "POST" and not is_same(sent, session.csrf):
                 raise Refused(403, "The page is out of date; load it again.")
@@ -180,10 +182,17 @@ class Access:
 
     def admit(self, request: Request, response: Response, token: str, role: str) -> None:
         """Gives the browser its cookie, which scripts cannot read and other sites cannot send."""
-        secure = request.url.scheme == "https"
+        secure = "https" in (request.url.scheme, urlsplit(self.address).scheme)
         response.set_cookie(
             self.cookie(role), token, max_age=365 * 86400, httponly=True, samesite="strict", secure=secure
         )
+
+    def same_site(self, request: Request) -> None:
+        """Raises Refused (403) if the browser says that another site's page asks."""
+        origin = request.headers.get("origin")
+        own = origin is None or origin == self.address or origin.partition("://")[2] == request.headers.get("host")
+        if not own or request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+            raise Refused(403, "A page of another site asked for this; see the setting `address`.")
 
     def is_host(self, header: str) -> bool:
         """Whether a Host header names this server. Ports are left open: tunnels change them."""
@@ -207,15 +216,6 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def same_site(request: Request) -> None:
-    """Raises Refused (403) if the browser says that another site's page asks."""
-    origin = request.headers.get("origin")
-    if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
-        raise Refused(403, "A page of another site asked for this.")
-    if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
-        raise Refused(403, "A page of another site asked for this.")
 
 
 async def read_json(request: Request, limit: int) -> dict[str, Any]:
@@ -261,5 +261,5 @@ class Guard:
         if self.access.is_host(Headers(scope=scope).get("host", "")):
             await self.app(scope, receive, guarded)
         else:
-            sentence = "This server does not answer to that name; see the setting `hostnames`."
+            sentence = "This server does not answer to that name; see the settings `address` and `hostnames`."
             await Refused(403, sentence).response()(scope, receive, guarded)

@@ -94,4 +94,16 @@ def _notes(found: dict[str, Any]) -> list[str]:
         notes.append("The time that answers took is not known.")
     if found["strengths"]["why"] and set(found["kinds"]) != {"rate"}:
         notes.append(found["strengths"]["why"])
-    return notes
+    return notes + _left_out(found)
+
+
+def _left_out(found: dict[str, Any]) -> list[str]:
+    """Of which figures there are resamples that do not determine them."""
+    notes = [
+        f"{name}, {kind}: {value['why']}"
+        for kind, own in found["kinds"].items()
+        for name, value in own["figures"].items()
+        if value["low"] is not None and value["why"]
+    ]
+    strength = next(iter(found["strengths"]["models"].values()), {"why": ""})
+    return notes + [f"Strengths: {strength['why']}"] * bool(strength["why"])

@@ -89,15 +89,18 @@ def _asked(row: Row, kind: Kind | None, prompt: Text, texts: list[Text], columns
     return [_checked(row, Item(kind, prompt, group, _query(row), None, columns)) for group in groups]
 
 
-def located(values: Iterable[tuple[str, Mapping[str, Any]]], kind: type[R]) -> list[tuple[str, R]]:
-    """(where, record) of each row that is usable as a record of this kind. Raises PlauditError as `parse` does."""
+def located(
+    values: Iterable[tuple[str, Mapping[str, Any]]], kind: type[R]
+) -> tuple[list[tuple[str, R]], dict[str, list[str]]]:
+    """(where, record) of each row that is usable as a record of this kind, and where the others stand, by reason.
+    Raises PlauditError as `parse` does."""
     name = "\0where"  # a column that no file has
     loaded = parse(((where, {**row, name: where}) for where, row in values), kind)
     found = []
     for record in loaded.records:
         columns = dict(record.columns)
         found.append((columns.pop(name), replace(record, columns=columns)))
-    return found
+    return found, loaded.dropped
 
 
 def _of_pairs(pairs: Mapping[str, Row], kind: Kind | None) -> list[Item]:
@@ -106,7 +109,7 @@ def _of_pairs(pairs: Mapping[str, Row], kind: Kind | None) -> list[Item]:
     kept = (
         (where, {name: row.values[name] for name in row.values if name not in _OWN[1:]}) for where, row in pairs.items()
     )
-    for where, pair in located(kept, Comparison) if pairs else []:
+    for where, pair in located(kept, Comparison)[0] if pairs else []:
         items += _asked(pairs[where], kind, pair.prompt, [pair.chosen, pair.rejected], pair.columns)
     return items
 

@@ -35,10 +35,12 @@ class Desk:
 
     join    the link that anybody may join with; empty where people are named
     people  the links of those who are
+    url     where programs on this machine reach the server
     """
 
     def __init__(self, served: serving.Served, store: Store) -> None:
-        self.join, self.people, self._served, self._store = served.join_url, served.people, served, store
+        self.join, self.people, self.url = served.join_url, served.people, served.url
+        self._served, self._store = served, store
         # What is on this machine is not asked for through a proxy.
         self._opener = build_opener(ProxyHandler({}))
 
@@ -54,13 +56,13 @@ class Desk:
     def tell(self, say: Callable[[str], None]) -> None:
         """Says where people go, and where their answers can be looked through."""
         links = self.people or {"people": self.join}
-        for name, link in {**links, "review": f"{self._served.url}/join/{self._served.manager_token}"}.items():
+        for name, link in {**links, "review": self._served.review_url}.items():
             say(f"{name}: {link}")
 
     def post(self, place: str, body: Any) -> Any:
         """What the server answers to the manager. Raises PlauditError with its sentence."""
         headers = {"Authorization": f"Bearer {self._served.manager_token}", "Content-Type": "application/json"}
-        request = Request(f"{self._served.url}{place}", json.dumps(body).encode(), headers)
+        request = Request(f"{self.url}{place}", json.dumps(body).encode(), headers)
         try:
             with self._opener.open(request, timeout=60) as reply:
                 return json.load(reply)

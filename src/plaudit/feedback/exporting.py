@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from plaudit.errors import PlauditError
 from plaudit.feedback.forms import item_to_json, label_to_json
-from plaudit.feedback.items import Answer, Item, Label
+from plaudit.feedback.items import Item, Label, in_words
 from plaudit.records import Comparison, Demonstration, Ranking, Rating, Record, to_row
 from plaudit.rows import Text
 
@@ -127,15 +127,21 @@ def ratings(labels: Iterable[Label]) -> list[Rating]:
 
 
 def demonstrations(labels: Iterable[Label]) -> list[Demonstration]:
-    """What people wrote in place of the candidates."""
+    """What people wrote in place of the candidates, but for what is `unprompted`."""
     found = []
     for label in labels:
         written = label.answer.rewrite
-        if written:
+        if written and not unprompted(label):
             chat = isinstance(label.item.prompt, list)
             completion: Text = [{"role": "assistant", "content": written}] if chat else written
             found.append(Demonstration(label.item.prompt, completion, _columns(label.item, [label], "demonstrations")))
     return found
+
+
+def unprompted(label: Label) -> bool:
+    """Whether somebody wrote an answer to nothing, which demonstrates nothing."""
+    prompt = label.item.prompt
+    return bool(label.answer.rewrite) and not (prompt.strip() if isinstance(prompt, str) else prompt)
 
 
 # ------------------------------------------------------------------------------------------------ rows
@@ -243,18 +249,6 @@ def _line(label: Label) -> list[object]:
     for candidate in item.candidates:
         line += [_plain(candidate.text), " ".join(f"{name}={value}" for name, value in candidate.source.items())]
     return line
-
-
-def in_words(answer: Answer) -> str:
-    """ "B > A = C", best first; a number; or that nothing could be compared."""
-    if answer.rating is not None:
-        return f"{answer.rating:g}"
-    if answer.ranks is None:
-        return "can't compare"
-    tiers: dict[int, list[str]] = {}
-    for place, rank in enumerate(answer.ranks):
-        tiers.setdefault(rank, []).append(chr(ord("A") + place))
-    return " > ".join(" = ".join(tiers[rank]) for rank in sorted(tiers))
 
 
 def _plain(text: Text) -> str:

@@ -17,7 +17,15 @@ from plaudit.records import Comparison, Ranking, Rating
 from plaudit.rows import Row, Text, kind_of, rows
 
 
-def read_labels(paths: str | Path | Sequence[str | Path], by: str = "") -> list[Label]:
+@dataclass(frozen=True)
+class Read:
+    """`labels` with where each stands (file:line), and where the rows stand that hold none, by the reason."""
+
+    labels: list[tuple[str, Label]]
+    dropped: dict[str, list[str]]
+
+
+def read_labels(paths: str | Path | Sequence[str | Path], by: str = "") -> Read:
     """The labels in one or several JSON-lines files.
 
     Rows of kind `labels`, and comparisons, rankings and ratings with the `provenance` that an export gave them, become
@@ -25,27 +33,34 @@ def read_labels(paths: str | Path | Sequence[str | Path], by: str = "") -> list[
     are put in an order that does not depend on which was preferred, and the order shown is unknown. Raises
     PlauditError, naming file, line and column.
     """
-    labels: list[Label] = []
+    labels: list[tuple[str, Label]] = []
+    dropped: dict[str, list[str]] = {}
     pieces: dict[str, _Piece] = {}
-    others: dict[type, dict[str, Mapping[str, Any]]] = {Comparison: {}, Ranking: {}, Rating: {}}
+    others: dict[Any, dict[str, Mapping[str, Any]]] = {Comparison: {}, Ranking: {}, Rating: {}}
     for file in [paths] if isinstance(paths, str | Path) else paths:
         for where, values in rows(file):
             row = Row(where, values, ())
             if row.has("item", "answer"):
-                labels.append(label_from_json(values, where))
+                labels.append((where, label_from_json(values, where)))
             elif _is_ours(values.get("provenance")):
                 _gather(row, pieces)
             else:
                 others[_kind(row)][where] = values
     for piece in pieces.values():
-        labels += piece.labels()
-    for where, pair in located(others[Comparison].items(), Comparison) if others[Comparison] else []:
-        labels.append(_of_comparison(where, pair, by))
-    for where, ranking in located(others[Ranking].items(), Ranking) if others[Ranking] else []:
-        labels.append(_of_ranking(where, ranking, by))
-    for where, rating in located(others[Rating].items(), Rating) if others[Rating] else []:
-        labels += _of_rating(where, rating, by)
-    return labels
+        labels += [(piece.where, label) for label in piece.labels()]
+    for kind, found in others.items():
+        if found:
+            records, left = located(found.items(), kind)
+            labels += [(where, label) for where, record in records for label in _of(where, record, by)]
+            for reason, places in left.items():
+                dropped.setdefault(reason, []).extend(places)
+    return Read(labels, dropped)
+
+
+def _of(where: str, record: Comparison | Ranking | Rating, by: str) -> list[Label]:
+    if isinstance(record, Comparison):
+        return [_of_comparison(where, record, by)]
+    return [_of_ranking(where, record, by)] if isinstance(record, Ranking) else _of_rating(where, record, by)
 
 
 def _kind(row: Row) -> type:

@@ -159,6 +159,18 @@ def dense(ranks: Sequence[int]) -> bool:
     return sorted(set(ranks)) == list(range(1, len(set(ranks)) + 1))
 
 
+def in_words(answer: Answer) -> str:
+    """ "B > A = C", best first; a number; or that nothing could be compared."""
+    if answer.rating is not None:
+        return f"{answer.rating:g}"
+    if answer.ranks is None:
+        return "can't compare"
+    tiers: dict[int, list[str]] = {}
+    for place, rank in enumerate(answer.ranks):
+        tiers.setdefault(rank, []).append(chr(ord("A") + place))
+    return " > ".join(" = ".join(tiers[rank]) for rank in sorted(tiers))
+
+
 def check_item(item: Item, where: str) -> None:
     """Raises PlauditError unless so many candidates can be asked of in this kind."""
     needed = {"compare": (2, 2), "rank": (2, MOST), "rate": (1, 1)}[item.kind]

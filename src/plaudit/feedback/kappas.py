@@ -21,6 +21,8 @@ from plaudit.statistics import CELLS
 
 Array = NDArray[np.float64]
 Whole = NDArray[np.int64]
+MOST_DROPPED = 0.02
+"""Share of resamples that may leave a figure undetermined before it gets no interval: less than one of its tails."""
 MOST_LEVELS = 10
 """Ratings of more distinct values than this are a scale, of which a kappa says nothing."""
 FIRST, EQUAL, SECOND = 0, 1, 2
@@ -275,7 +277,7 @@ def figures(table: Table, seed: int = 0, resamples: int = 1000) -> dict[str, dic
     """The figures that this kind of answer has, by name: `raw`, `cohen`, `fleiss`, `alpha`, and `tau` of rankings.
 
     Each is {"value", "low", "high", "why"}: the interval is the percentile bootstrap over items (Efron 1979) at 95 %;
-    `why` says in a sentence why a number is missing.
+    `why` says in a sentence why a number is missing, or how many resamples the interval leaves out.
     """
     if not table.items:
         names = ("raw", "cohen", "fleiss", "alpha", "tau")
@@ -303,10 +305,24 @@ def interval(sums: Sums, items: int, seed: int, resamples: int) -> dict[str, Any
     block = max(1, CELLS // max(sums.each.shape))
     drawn = np.concatenate([sums.figure(weights @ sums.each) for weights in _weights(items, seed, resamples, block)])
     drawn = drawn[~np.isnan(drawn)]
-    low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (value, value)
+    why, enough = undetermined(resamples - len(drawn), resamples)
+    if not enough:
+        return missing(why) | {"value": value}
+    low, high = np.percentile(drawn, [2.5, 97.5])
     if high - low < 1e-12:
         return missing("The items are too few or too alike for an interval.") | {"value": value}
-    return {"value": value, "low": float(low), "high": float(high), "why": ""}
+    return {"value": value, "low": float(low), "high": float(high), "why": why}
+
+
+def undetermined(dropped: int, resamples: int) -> tuple[str, bool]:
+    """What to say of a figure that so many resamples leave undetermined, nothing where none does; and whether the
+    others make an interval. Those that are left out are the extreme ones, so that it would be too narrow."""
+    if not dropped:
+        return "", True
+    said = f"{dropped:,} of {resamples:,} resamples leave it undetermined"
+    if dropped > MOST_DROPPED * resamples:
+        return f"{said}: too many for an interval.", False
+    return f"{said}: the interval is that of the others.", True
 
 
 def missing(why: str) -> dict[str, Any]:

@@ -5,15 +5,28 @@ from __future__ import annotations
 import json
 import secrets
 import sqlite3
-from typing import Any
+import time
+from typing import Any, Literal
 
 from plaudit.errors import PlauditError
 from plaudit.feedback.assigning import FREE, Assignment
-from plaudit.feedback.forms import MOST_MS, answer_to_json, check_answer, checked_name, dumped, item_to_json
-from plaudit.feedback.items import Answer, Item, Label, check_item
+from plaudit.feedback.forms import (
+    MOST_MS,
+    answer_from_json,
+    answer_to_json,
+    check_answer,
+    checked_name,
+    dumped,
+    item_to_json,
+)
+from plaudit.feedback.items import Answer, Item, Label, check_item, in_words
 
 IMPORTED = "instr(e.key, char(10)) > 0"
 """Of an event `e` that came from elsewhere: no client's key holds a new line."""
+
+
+Taken = Literal["new", "repeat", "known"]
+"""What becomes of a label from elsewhere: it is new, a repeat here though it was none there, or known already."""
 
 
 class Conflict(PlauditError):
@@ -28,11 +41,38 @@ def person(db: sqlite3.Connection, name: str) -> int:
     return int(found[0])
 
 
-def item_row(item: Item, priority: int, where: str) -> tuple[str, str, bool, int]:
-    """What the table of items keeps of one. Raises PlauditError, naming `where`, for one that cannot be asked."""
-    check_item(item, where)
-    body = dumped(item_to_json(item), where)
-    return item.id, body, item.gold is not None, priority
+def item(db: sqlite3.Connection, asked: Item, priority: int, where: str) -> bool:
+    """Add an item, or its right answer where only that is new, and return whether the item is.
+
+    Raises PlauditError, naming `where`, for an item that cannot be asked, and for one with another right answer here.
+    """
+    check_item(asked, where)
+    body = dumped(item_to_json(asked), where)
+    added = db.execute(
+        "INSERT INTO item (id, body, gold, priority) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
+        (asked.id, body, asked.gold is not None, priority),
+    ).rowcount
+    if not added and asked.gold is not None:
+        _gild(db, asked.id, asked.gold, where)
+    return bool(added)
+
+
+def _gild(db: sqlite3.Connection, name: str, right: Answer, where: str) -> None:
+    """Keep the right answer to an item that came without one. Raises PlauditError if it came with another one."""
+    number, body = db.execute("SELECT number, body FROM item WHERE id = ?", (name,)).fetchone()
+    found, given = json.loads(body), answer_to_json(right)
+    known = found.get("gold")
+    if known is None:
+        answer = dumped(given, where)
+        db.execute("INSERT INTO gold (item, at, answer) VALUES (?, ?, ?)", (number, time.time(), answer))
+        db.execute(
+            "UPDATE item SET gold = 1, body = ? WHERE number = ?", (dumped({**found, "gold": given}, where), number)
+        )
+    elif known != given:
+        asked = json.dumps(found["prompt"], ensure_ascii=False)
+        sides = f"{in_words(right)}, but {in_words(answer_from_json(known, where))} in the store already"
+        advice = "leave it out of the row, or take another store"
+        raise PlauditError(f"{where}: the right answer to {asked:.60} is {sides}, which keeps it: {advice}.")
 
 
 def own(db: sqlite3.Connection, assignment: str, name: str) -> tuple[int, bool]:
@@ -104,25 +144,25 @@ def answer(db: sqlite3.Connection, key: str, asked: Assignment, given: Answer, m
     event(db, key, "answer", number, now, answer=dumped(answer_to_json(given), "answer"), ms=ms)
 
 
-def take(db: sqlite3.Connection, label: Label) -> None:
-    """Add a label from elsewhere, with its item and its person where they are new."""
+def take(db: sqlite3.Connection, label: Label) -> Taken:
+    """Add a label from elsewhere, unless it is there, with its item and its person where they are new."""
+    if db.execute("SELECT 1 FROM event WHERE id = ?", (label.id,)).fetchone():
+        return "known"
     where = f"label {label.id}"
     name = checked_name(label.person)
     check_answer(label.item, label.answer, where)
-    db.execute(
-        "INSERT INTO item (id, body, gold, priority) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
-        item_row(label.item, 0, where),
-    )
+    item(db, label.item, 0, where)
     db.execute("INSERT INTO person (name, role) VALUES (?, 'person') ON CONFLICT DO NOTHING", (name,))
-    (item,) = db.execute("SELECT number FROM item WHERE id = ?", (label.item.id,)).fetchone()
+    (asked,) = db.execute("SELECT number FROM item WHERE id = ?", (label.item.id,)).fetchone()
     who = person(db, name)
-    taken = dict(db.execute("SELECT repeat, answered FROM assignment WHERE item = ? AND person = ?", (item, who)))
+    taken = dict(db.execute("SELECT repeat, answered FROM assignment WHERE item = ? AND person = ?", (asked, who)))
     repeat = label.repeat if taken.get(label.repeat) is None else max(taken) + 1
     (number,) = db.execute(
         "INSERT INTO assignment (id, item, person, repeat, shown, shown_at, leased_until) VALUES (?, ?, ?, ?, ?, ?, 0)"
         " ON CONFLICT (item, person, repeat) DO UPDATE SET shown = excluded.shown, shown_at = excluded.shown_at"
         " RETURNING number",
-        (secrets.token_hex(8), item, who, repeat, json.dumps(label.order), label.shown_at),
+        (secrets.token_hex(8), asked, who, repeat, json.dumps(label.order), label.shown_at),
     ).fetchone()
     body = dumped(answer_to_json(label.answer), where)
     event(db, f"imported\n{label.id}", "answer", number, label.answered_at, id=label.id, answer=body, ms=label.ms)
+    return "new" if repeat == label.repeat else "repeat"

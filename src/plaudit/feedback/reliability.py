@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from plaudit.feedback.habits import source_name
 from plaudit.feedback.items import Answer, Label
-from plaudit.feedback.kappas import FIRST, SECOND, Table
+from plaudit.feedback.kappas import FIRST, SECOND, Table, undetermined
 
 Array = NDArray[np.float64]
 
@@ -88,9 +88,11 @@ def reliability(table: Table) -> Reliability | None:
 def strengths(labels: Iterable[Label], seed: int = 0, resamples: int = 200) -> dict[str, Any]:
     """Bradley-Terry strengths (Bradley and Terry 1952) of the models that were judged, by the name of their source.
 
-    {"models": {name: {"value", "low", "high", "comparisons"}}, "why"}: log strengths with mean 0, fitted by choix
-    (Maystre and Grossglauser 2015, I-LSR), ties half for each, with the percentile bootstrap over items. `why` is a
-    sentence where they are not determined: a model that never lost to any of some others would be infinitely strong.
+    {"models": {name: {"value", "low", "high", "why", "comparisons"}}, "why"}: log strengths with mean 0, fitted by
+    choix (Maystre and Grossglauser 2015, I-LSR), ties half for each, with the percentile bootstrap over items. `why` is
+    a sentence where they are not determined: a model that never lost to any of some others would be infinitely strong.
+    A model's `why` says how many resamples are left out because they are so, and that there is no interval (None) where
+    they are too many.
     """
     items: dict[str, list[Label]] = {}
     for label in labels:
@@ -110,12 +112,12 @@ def strengths(labels: Iterable[Label], seed: int = 0, resamples: int = 200) -> d
         again = (weights @ wins).reshape(len(names), -1)
         if not _undetermined(again, names):
             drawn.append(_fitted(again))
-    low, high = np.percentile(drawn, [2.5, 97.5], axis=0) if drawn else (_fitted(total),) * 2
-    played = total + total.T
-    figures = np.stack([_fitted(total), low, high, played.sum(1)], 1).tolist()
+    why, enough = undetermined(resamples - len(drawn), resamples)
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=0).tolist() if enough else ([None] * len(names),) * 2
+    figures = zip(names, _fitted(total).tolist(), low, high, (total + total.T).sum(1).tolist(), strict=True)
     models = {
-        name: {"value": value, "low": a, "high": b, "comparisons": round(met)}
-        for name, (value, a, b, met) in sorted(zip(names, figures, strict=True), key=lambda row: -row[1][0])
+        name: {"value": value, "low": a, "high": b, "why": why, "comparisons": round(met)}
+        for name, value, a, b, met in sorted(figures, key=lambda row: -row[1])
     }
     return {"models": models, "why": ""}
 

@@ -15,7 +15,8 @@ OLDEST_SQLITE = (3, 38, 0)
 """Knows STRICT tables, and has its functions for JSON always."""
 
 # Each script takes the file from one version to the next; what has been released is never edited.
-# What triggers write (answers, answered, skipped) says again what the events say, so that choosing needs no counting.
+# What triggers write (answers, answered, skipped) says again what the events say, so that choosing needs no counting;
+# an event is a row of the tables `event` and `gold`.
 MIGRATIONS: tuple[str, ...] = (
     """
     CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -92,6 +93,18 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE TRIGGER skip_counts AFTER INSERT ON event WHEN NEW.kind = 'skip' BEGIN
       UPDATE assignment SET skipped = NEW.number, leased_until = 0 WHERE number = NEW.assignment;
     END;
+    """,
+    """
+    CREATE INDEX event_skip ON event (assignment) WHERE kind = 'skip';   -- counted without reading all answers
+
+    CREATE TABLE gold (                           -- right answers that came after their items
+      number INTEGER PRIMARY KEY AUTOINCREMENT,
+      item INTEGER NOT NULL UNIQUE REFERENCES item,
+      at REAL NOT NULL,
+      answer TEXT NOT NULL                        -- JSON, in the item's order; the item's body holds it too
+    ) STRICT;
+    CREATE TRIGGER gold_stays BEFORE UPDATE ON gold BEGIN SELECT RAISE(ABORT, 'events are never changed'); END;
+    CREATE TRIGGER gold_remains BEFORE DELETE ON gold BEGIN SELECT RAISE(ABORT, 'events are never deleted'); END;
     """,
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import os
 import secrets
@@ -62,14 +63,20 @@ def load(store: Path) -> Secrets:
 
 def save(store: Path, found: Secrets) -> None:
     """Writes the secrets so that only their owner may read them, and the old or the new ones are there."""
-    path = path_of(store)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        json.dump(asdict(found), file, ensure_ascii=False, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    _keep(path_of(store), json.dumps(asdict(found), ensure_ascii=False, indent=1))
+
+
+def doorway(store: Path, link: str) -> str:
+    """The address of a page beside the store that only its owner may read, and that leads on to `link`: a program which
+    opens it tells nobody the token, as the link itself would in the list of the machine's processes."""
+    path = door_of(store)
+    _keep(path, f'<!doctype html>\n<meta http-equiv="refresh" content="0; url={html.escape(link)}">\n')
+    return path.resolve().as_uri()
+
+
+def door_of(store: Path) -> Path:
+    """Where `doorway` keeps its page."""
+    return store.with_name(f"{store.name}.open.html")
 
 
 def given(path: Path) -> str:
@@ -82,6 +89,16 @@ def given(path: Path) -> str:
             "as `openssl rand -hex 24` makes one."
         )
     return token
+
+
+def _keep(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def _private(path: Path) -> str | None:

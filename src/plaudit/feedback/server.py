@@ -7,23 +7,25 @@ Every answer is JSON; what is refused is {"error": one sentence} with the status
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Template
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from plaudit.errors import PlauditError
 from plaudit.feedback import views
-from plaudit.feedback.access import Access, Guard, Session, is_same, read_json, same_site
+from plaudit.feedback.access import Access, Guard, Session, is_same, read_json
 from plaudit.feedback.assigning import Assignment, Rules
 from plaudit.feedback.forms import item_from_json
 from plaudit.feedback.items import read_answer
@@ -38,10 +40,14 @@ TYPES = {
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
 }
+DOORS = ("join.html", "joined.html", "lost.html")
+"""What people see before they are let in."""
 MOST_TASKS = 20
 PER_PAGE = 50
 LARGEST = 10**15 - 1
 """The largest priority; SQLite holds a few digits more."""
+RATE_EVERY = 60.0
+"""Seconds after which a page is told anew how fast people answer, though nothing was written."""
 AGREEMENT_EVERY = 10.0
 """Seconds for which figures of agreement are kept, because they cost more than everything else here."""
 
@@ -67,7 +73,7 @@ class Study:
 
 def application(
     store: Store, study: Study, access: Access, renewed: Callable[[str, str], None] = lambda name, token: None
-) -> Starlette:
+) -> ASGIApp:
     """The whole server, for uvicorn or any other ASGI server. `renewed` is told the name and the new token of everybody
     whose old one has become void."""
     return Desk(store, study, access, renewed).application()
@@ -78,8 +84,9 @@ class Desk:
 
     def __init__(self, store: Store, study: Study, access: Access, renewed: Callable[[str, str], None]) -> None:
         self.store, self.study, self.access, self.renewed = store, study, access, renewed
-        self.files = {path.name: (path.read_bytes(), TYPES[path.suffix]) for path in PAGES.iterdir()}
+        self.files = _pages()
         self.figures: tuple[float, str, dict[str, Any]] = 0.0, "", {}
+        self.figuring = threading.Lock()
         # One works while the other waits for the disk. More would only stand before the store's lock, which they get
         # in any order, so that some people would wait three times as long as others.
         self._worker = ThreadPoolExecutor(2, "store")
@@ -88,7 +95,7 @@ class Desk:
         """What the store is asked for, without holding up other requests."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, work, *given)
 
-    def application(self) -> Starlette:
+    def application(self) -> ASGIApp:
         """Routes, errors as JSON, and the guard before everything."""
         get: dict[str, Handler] = {
             "/": self.page,
@@ -109,14 +116,15 @@ class Desk:
             "/api/items": self.add,
             "/api/people": self.person,
         }
-        return Starlette(
+        inner = Starlette(
             routes=[
                 *(Route(path, handler, methods=["GET"]) for path, handler in get.items()),
                 *(Route(path, handler, methods=["POST"]) for path, handler in post.items()),
             ],
-            middleware=[Middleware(Guard, access=self.access)],
             exception_handlers=HANDLERS,
         )
+        # Not as Starlette's middleware, which stands behind what answers for an unexpected exception.
+        return Guard(inner, self.access)
 
     # -------------------------------------------------------------------------------------------- pages
 
@@ -171,7 +179,7 @@ class Desk:
 
     async def enrol(self, request: Request) -> Response:
         """Makes a person of a name; only with the study's link."""
-        same_site(request)
+        self.access.same_site(request)
         if not self._lets_join(request.path_params["token"]):
             await self.access.find(request.path_params["token"])
             raise Refused(404, "This link is not known here; ask for another one.")
@@ -312,22 +320,27 @@ class Desk:
         return JSONResponse({"token": token})
 
     async def review(self, request: Request) -> Response:
-        """Progress, and one page of answers, the newest first."""
+        """Progress, and one page of answers, the newest first; the `version` alone where that is still the one of which
+        the page says that it is known, by `since`."""
         await self.access.session(request, "manager")
-        page = _count(request, "page", 1, 10**9)
+        page, since = _count(request, "page", 1, 10**9), request.query_params.get("since", "")
 
         def look() -> dict[str, Any]:
-            labels = self.store.labels()
-            shown = labels[::-1][(page - 1) * PER_PAGE : page * PER_PAGE]
-            progress: Progress = self.store.progress(None, self.study.rules, time.time())
+            now = time.time()
+            # The rate of answering falls while nothing happens, so that no version lasts for ever.
+            version = f"{page}.{now // RATE_EVERY:.0f}.{self.store.version}"
+            if version == since:
+                return {"version": version}
+            progress: Progress = self.store.progress(None, self.study.rules, now)
             return {
+                "version": version,
                 "title": self.study.title,
                 "progress": {"done": progress.done, "left": progress.left, "per_minute": progress.per_minute},
                 "people": progress.people,
                 "skipped": self.store.skipped(),
                 "page": page,
-                "pages": -(-len(labels) // PER_PAGE),
-                "labels": [views.reviewed(label) for label in shown],
+                "pages": -(-sum(progress.people.values()) // PER_PAGE),
+                "labels": [views.reviewed(label) for label in self.store.newest(PER_PAGE, (page - 1) * PER_PAGE)],
             }
 
         return JSONResponse(await self._do(look))
@@ -337,17 +350,27 @@ class Desk:
         await self.access.session(request, "manager")
 
         def figure() -> dict[str, Any]:
-            at, version, found = self.figures
-            old = version != self.store.version and time.monotonic() - at > AGREEMENT_EVERY
-            if old or not version:
-                # scipy and krippendorff take a second to load, which the pages of people should not wait for.
-                from plaudit.feedback.agreement import summary
+            with self.figuring:  # whoever asks meanwhile waits for the same figures
+                at, version, found = self.figures
+                old = version != self.store.version and time.monotonic() - at > AGREEMENT_EVERY
+                if old or not version:
+                    # scipy and krippendorff take a second to load, which the pages of people should not wait for.
+                    from plaudit.feedback.agreement import summary
 
-                version, found = self.store.version, summary(self.store.labels())
-                self.figures = time.monotonic(), version, found
-            return found
+                    version, found = self.store.version, summary(self.store.labels())
+                    self.figures = time.monotonic(), version, found
+                return found
 
         return JSONResponse(await run_in_threadpool(figure))
+
+
+def _pages() -> dict[str, tuple[bytes, str]]:
+    """By name, the files of the pages and what they are. Those that stand before the questions share a frame, which
+    the standard library fills, so that the server need not load jinja2 before it answers."""
+    files = {path.name: (path.read_text("utf-8"), TYPES[path.suffix]) for path in PAGES.iterdir()}
+    frame, kind = files.pop("door.html")
+    files |= {name: (Template(frame).substitute(main=files[name][0]), kind) for name in DOORS}
+    return {name: (text.encode(), kind) for name, (text, kind) in files.items()}
 
 
 def _text(body: Mapping[str, Any], name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 
 from plaudit.errors import PlauditError
 
@@ -44,12 +46,14 @@ class Options:
     host: str = "127.0.0.1"
     port: int = 0
     hostnames: tuple[str, ...] = ()
+    address: str = ""
     token_file: str = ""
 
 
 @dataclass(frozen=True)
 class Links:
-    """Where people and the manager go. join: anybody may join with it; empty where people are named."""
+    """Where people and the manager go, and the `url` by which programs on this machine reach the server. join: anybody
+    may join with it; empty where people are named."""
 
     url: str
     join: str
@@ -59,12 +63,33 @@ class Links:
 
 
 def check(options: Options) -> None:
-    """Raises PlauditError for a server that others could reach, unless the user made a token for it."""
+    """Raises PlauditError for a server that others could reach, unless the user made a token for it, and for an address
+    that is none."""
+    origin_of(options.address)
     if not _is_loopback(options.host) and not options.token_file:
         raise PlauditError(
             f"host: {options.host} can be reached by other machines; that needs `token_file` too, a file with a "
             "secret for the review page."
         )
+
+
+def origin_of(address: str) -> str:
+    """The address as browsers write it: scheme, host, and port unless it is the scheme's own; "" for "".
+
+    Raises PlauditError for anything else than that.
+    """
+    if not address:
+        return ""
+    try:
+        parts = urlsplit(address)
+        port = "" if parts.port in (None, {"http": 80, "https": 443}.get(parts.scheme)) else f":{parts.port}"
+    except ValueError:
+        parts, port = urlsplit(""), ""
+    host = parts.hostname or ""
+    known = parts.scheme in ("http", "https") and host.isascii() and re.fullmatch(r"[\w.:-]+", host)
+    if not known or "@" in parts.netloc or parts.path.strip("/") or parts.query or parts.fragment:
+        raise PlauditError(f"address: {address!r:.90} is none such as https://labels.example.org, which has no path.")
+    return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{port}"
 
 
 def _is_loopback(host: str) -> bool:
@@ -113,9 +138,12 @@ def _serve(
     joining = None if options.people else known.joining
     study = _study(options, store, joining)
     wide = not _is_loopback(options.host)
-    names = {*LOOPBACK, *options.hostnames, *((options.host, socket.gethostname()) if wide else ())}
-    access = Access(store.who, known.manager, known.study, names, wide)
+    address = origin_of(options.address)
+    named = {*options.hostnames, *filter(None, [urlsplit(address).hostname])}
+    names = {*LOOPBACK, *named, *((options.host, socket.gethostname()) if wide else ())}
+    access = Access(store.who, known.manager, known.study, names, wide, address)
     url = f"http://{_named(options, wide)}:{known.port}"
+    public = address or url
 
     def renewed(name: str, token: str) -> None:
         if name in known.people:  # or the next start would find the old link void, and make this one void too
@@ -130,9 +158,9 @@ def _serve(
     def watch() -> None:
         while not server.started and not server.should_exit:
             time.sleep(0.005)
-        links = {name: f"{url}/join/{token}" for name, token in people.items()}
-        join = f"{url}/join/{joining}" if joining else ""
-        ready(Links(url, join, links, f"{url}/join/{known.manager}", known.manager))
+        links = {name: f"{public}/join/{token}" for name, token in people.items()}
+        join = f"{public}/join/{joining}" if joining else ""
+        ready(Links(url, join, links, f"{public}/join/{known.manager}", known.manager))
         stop.wait()
         end()
 
@@ -182,8 +210,8 @@ def _study(options: Options, store: Any, joining: str | None) -> Any:
 
 
 def _named(options: Options, wide: bool) -> str:
-    """The host in links."""
-    if options.hostnames:
+    """The host in links, unless an address is given, which then stands in them."""
+    if options.hostnames and not options.address:
         return options.hostnames[0]
     host = socket.gethostname() if wide and options.host in ("0.0.0.0", "::") else options.host
     return f"[{host}]" if ":" in host else host
@@ -217,6 +245,7 @@ class Served:
     manager_token: str
     join_url: str
     people: dict[str, str]
+    review_url: str
     process: subprocess.Popen[bytes] = field(repr=False)
 
     def stop(self) -> None:
@@ -265,7 +294,7 @@ def start(store: str | Path, **more: Any) -> Served:
         process.stdout.close()
         raise PlauditError(said["error"])
     links = Links(**said)
-    return Served(links.url, links.manager_token, links.join, links.people, process)
+    return Served(links.url, links.manager_token, links.join, links.people, links.review, process)
 
 
 def _child(text: str) -> int:
@@ -305,7 +334,9 @@ def announce(links: Links, store: str, items: int, browser: bool) -> None:
     print(f"\nProgress, agreement and every answer, for you alone:\n\n  {links.review}\n")
     print("Every answer is saved as it is given. Ctrl+C ends the server; the links stay good.", flush=True)
     if browser and sys.stdout.isatty():
-        webbrowser.open(links.join or next(iter(links.people.values())))
+        from plaudit.feedback import secret
+
+        webbrowser.open(secret.doorway(Path(store), links.join or next(iter(links.people.values()))))
 
 
 if __name__ == "__main__":

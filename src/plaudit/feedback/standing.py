@@ -61,6 +61,16 @@ def labels(db: sqlite3.Connection, after: int) -> list[Label]:
     return [_label(row, items) for row in rows]
 
 
+_NEWEST = "SELECT answered FROM assignment WHERE answered IS NOT NULL ORDER BY answered DESC LIMIT ? OFFSET ?"
+
+
+def newest(db: sqlite3.Connection, count: int, skip: int) -> list[Label]:
+    """So many of the answers that stand, the newest first, after so many still newer ones."""
+    items: dict[int, Item] = {}
+    rows = db.execute(_GIVEN.format(source="event", condition=f"e.number IN ({_NEWEST})"), (count, skip)).fetchall()
+    return [_label(row, items) for row in reversed(rows)]
+
+
 def label(db: sqlite3.Connection, key: str) -> Label:
     """The answer that was given under this key, whether it still stands or not."""
     return _label(db.execute(_GIVEN.format(source="event", condition="e.key = ?"), (key,)).fetchone(), {})

@@ -27,6 +27,7 @@ from plaudit.feedback.assigning import lease
 from plaudit.feedback.forms import answer_from_json, checked_name, dumped
 from plaudit.feedback.items import Answer, Item, Label
 from plaudit.feedback.recording import Conflict as Conflict
+from plaudit.feedback.recording import Taken as Taken
 from plaudit.feedback.standing import Progress as Progress
 
 Role = Literal["person", "manager"]
@@ -124,14 +125,13 @@ class Store:
         return self.setting("instructions")
 
     def add(self, items: Iterable[Item], *, priority: int = 0) -> int:
-        """Adds those items that are not there yet, by `Item.id`, and returns how many. Higher priorities come first."""
-        rows = [recording.item_row(item, priority, f"item {place}") for place, item in enumerate(items, 1)]
+        """Adds those items that are not there yet, by `Item.id`, and returns how many. Higher priorities come first.
+
+        Of an item that is there without a right answer, a `gold` that comes is kept. Raises PlauditError, having added
+        nothing, for an item that cannot be asked, and for a `gold` that contradicts the one which is there.
+        """
         with self._change() as db:
-            before = db.total_changes
-            db.executemany(
-                "INSERT INTO item (id, body, gold, priority) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING", rows
-            )
-            return db.total_changes - before
+            return sum(recording.item(db, item, priority, f"item {place}") for place, item in enumerate(items, 1))
 
     def items(self) -> list[Item]:
         """All items, in the order they were added."""
@@ -237,18 +237,14 @@ class Store:
             asked = standing.assignment(db, number)
             return asked, answer_from_json(json.loads(body), "answer").reordered(asked.order)
 
-    def take(self, labels: Iterable[Label]) -> int:
-        """Adds labels from elsewhere with all that belongs to them, and returns how many were new, by `Label.id`.
+    def take(self, labels: Iterable[Label]) -> list[Taken]:
+        """Adds labels from elsewhere with all that belongs to them, and returns what became of each.
 
-        Where a person has another answer to the same item here, the one that comes becomes a repeat.
+        One whose `Label.id` is there already is not added. Where a person has another answer to the same item here, the
+        one that comes becomes a repeat.
         """
-        new = 0
         with self._change() as db:
-            for label in labels:
-                if db.execute("SELECT 1 FROM event WHERE id = ?", (label.id,)).fetchone() is None:
-                    recording.take(db, label)
-                    new += 1
-        return new
+            return [recording.take(db, label) for label in labels]
 
     # -------------------------------------------------------------------------------------------- looking
 
@@ -257,6 +253,11 @@ class Store:
         is named."""
         with self._lock:
             return standing.labels(self._db, after)
+
+    def newest(self, count: int, skip: int = 0) -> list[Label]:
+        """Up to `count` of the answers that stand, the newest first, after the `skip` newest; no others are read."""
+        with self._lock:
+            return standing.newest(self._db, count, skip)
 
     def progress(self, person: str | None, rules: Rules, now: float) -> Progress:
         """How far the study is, for all or for one person."""

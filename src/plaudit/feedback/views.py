@@ -53,7 +53,7 @@ def sent(asked: Assignment, answer: Answer, thumbs: bool) -> dict[str, Any]:
 
 
 def reviewed(label: Label) -> dict[str, Any]:
-    """All about an answer, for the manager: here models are named."""
+    """All about an answer, for the manager: here models are named. `order` is empty where it is not known."""
     return {
         "id": label.id,
         "person": label.person,
@@ -61,7 +61,7 @@ def reviewed(label: Label) -> dict[str, Any]:
         "prompt": label.item.prompt,
         "candidates": [{"text": one.text, "source": dict(one.source)} for one in label.item.candidates],
         "answer": answer_to_json(label.answer),
-        "order": list(label.order or range(len(label.item.candidates))),
+        "order": list(label.order),
         "answered_at": label.answered_at,
         "ms": label.ms,
         "repeat": label.repeat,

@@ -2,7 +2,7 @@
 
 from plaudit.settings.benchmark import Bench
 from plaudit.settings.evaluation import Evaluate
-from plaudit.settings.feedback import Agreement, Annotate, Compare, Export, Import, Label
+from plaudit.settings.feedback import Agreement, Annotate, Compare, Export, Import, Label, Loop
 from plaudit.settings.imitation import SFT
 from plaudit.settings.offline import ILQL
 from plaudit.settings.online import BestOfN, OnlineDPO
@@ -119,6 +119,7 @@ __all__ = [
     "Hinge",
     "Import",
     "Label",
+    "Loop",
     "OnlineDPO",
     "Pull",
     "ReinforcePP",

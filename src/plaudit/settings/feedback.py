@@ -71,6 +71,8 @@ class Loop(Machine):
     """Settings of `annotate`, for a program that answers in place of people; without any, people do."""
     port: CountOrNone = 0
     """Where the page for people answers; 0 takes any that is free."""
+    address: str = ""
+    """Where people reach the page through a proxy, as https://labels.example.org; it stands in the links."""
     split: str = "train"
     """Split of a Hub data set."""
     seed: CountOrNone = 0
@@ -101,6 +103,8 @@ class Compare(Sampling, Common):
     """Completions that are sampled side by side."""
     port: CountOrNone = 0
     """Where the page for people answers; 0 takes any that is free."""
+    address: str = ""
+    """Where people reach the page through a proxy, as https://labels.example.org; it stands in the links."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +143,14 @@ class Label(Sampling, Machine):
     """Where the server listens; anywhere but on this machine alone needs `token_file`."""
     port: Annotated[int, Ge(0), Le(65535)] = 0
     """Where the server listens; 0 takes the port of last time, or any that is free."""
+    address: str = ""
+    """Where people reach the page through a proxy, as https://labels.example.org; it stands in the links."""
     hostnames: tuple[str, ...] = ()
-    """Names by which others reach the server, through a proxy perhaps; the first stands in the links."""
+    """Names by which others reach the server otherwise; without `address`, the first stands in the links."""
     token_file: str = ""
     """File with a secret of your own for the review page, which a server for other machines needs."""
     browser: bool = False
-    """Open the page in the browser."""
+    """Open the page in the browser, by a private page beside the store, which the link is read from."""
     limit: CountOrNone = 0
     """Only the first so many rows of the data, or prompts; 0 takes all."""
     several: Annotated[int, Ge(2), Le(9)] = 2

@@ -2,6 +2,7 @@
 // acknowledged it: it is sent in order, again and again, under a key that makes sending twice count once.
 
 let csrf = "";
+const PATIENCE = 15_000;  // milliseconds until a connection that says nothing counts as none
 
 export class Refusal extends Error {
   constructor(status, sentence, wait) {
@@ -11,15 +12,17 @@ export class Refusal extends Error {
   get passing() { return this.status === 401 || this.status === 403 || this.status === 429 || this.status >= 500; }
 }
 
-export async function call(path, body) {
+// The server's answer; a Refusal if it refuses, and any other error if it was not reached: no connection, one that says
+// nothing, or something in between that speaks for it, whose pages are neither an answer nor a refusal.
+export async function call(path, body, patience = PATIENCE) {
   const options = body && {
     method: "POST", headers: { "content-type": "application/json", "x-csrf-token": csrf }, body: JSON.stringify(body),
   };
-  const response = await fetch(path, options);
-  const value = await response.json().catch(() => ({}));
+  const response = await fetch(path, { ...options, signal: AbortSignal.timeout(patience) });
+  const value = await response.json();
   if (response.ok) return value;
-  throw new Refusal(response.status, value.error || `The server answered ${response.status}.`,
-    1000 * Number(response.headers.get("retry-after")));
+  if (typeof value.error !== "string") throw new Error(`Something answered ${response.status}.`);
+  throw new Refusal(response.status, value.error, 1000 * Number(response.headers.get("retry-after")));
 }
 
 export async function hello(role = "person") {

@@ -4,6 +4,7 @@ import { call, hello } from "./outbox.js";
 import { LETTERS, make, turns } from "./parts.js";
 
 const EVERY = 5000;  // milliseconds between two looks
+const FIGURING = 120_000;  // milliseconds that figures of agreement may take
 const FIGURES = {
   raw: "Raw agreement", cohen: "Cohen’s κ", fleiss: "Fleiss’ κ", alpha: "Krippendorff’s α", tau: "Kendall’s τ-b",
 };
@@ -16,12 +17,12 @@ const $ = id => document.getElementById(id);
 const cell = (tag, text) => make(tag, tag === "th" ? { scope: "col" } : {}, text);
 const percent = share => (share && share.value !== null ? `${Math.round(100 * share.value)} %` : "–");
 const plural = (count, one) => `${count} ${one}${count === 1 ? "" : "s"}`;
-let page = 1, pages = 1, about = {}, look = {}, known = false, looking = false, wanted = false;
+let page = 1, pages = 1, about = {}, look = {}, painted = "", known = false, looking = false, wanted = false;
 
 function figure({ value, low, high, why }) {
   if (value === null || value === undefined) return [make("b", {}, "–"), make("small", {}, why || "")];
   const shown = number => number.toFixed(2).replace("-", "−");
-  const interval = low === null || low === undefined ? "" : `${shown(low)} to ${shown(high)}`;
+  const interval = low === null || low === undefined ? why || "" : `${shown(low)} to ${shown(high)}`;
   return [make("b", {}, shown(value)), make("small", {}, interval)];
 }
 
@@ -48,13 +49,16 @@ function paintAgreement() {
   $("agreement").replaceChildren(...parts);
 }
 
-// The candidates in the order shown, with their ranks; places are letters, as on the person's screen.
+// The candidates' places in the order shown, or, where that is not known, in the item's own.
+const ordered = label => (label.order.length ? label.order : label.candidates.map((_, place) => place));
+
+// The candidates in this order, with their ranks; places are letters, as on the person's screen.
 function words(label) {
   const { ranks, rating, strength } = label.answer;
   const much = strength ? `, ${["slightly", "clearly", "much"][strength - 1]}` : "";
   if (rating !== undefined && rating !== null) return `rated ${rating}`;
   if (!ranks) return "can’t compare";
-  const shown = label.order.map(place => ranks[place]);
+  const shown = ordered(label).map(place => ranks[place]);
   const steps = [...new Set(shown)].sort((a, b) => a - b);
   const named = step => shown.flatMap((rank, place) => (rank === step ? [LETTERS[place]] : [])).join(" = ");
   return steps.map(named).join(" > ") + much;
@@ -66,7 +70,7 @@ function source(candidate) {
 }
 
 function labelRow(label, name) {
-  const flags = [label.gold && "gold", label.repeat && "asked again", label.answer.note && "note",
+  const flags = [label.order.length === 0 && label.candidates.length > 1 && "order unknown", label.gold && "gold", label.repeat && "asked again", label.answer.note && "note",
     label.answer.rewrite && "rewrite"].filter(Boolean);
   const when = new Date(1000 * label.answered_at);
   const short = typeof label.prompt === "string" ? label.prompt : label.prompt.map(turn => turn.content).join(" ");
@@ -85,7 +89,7 @@ function full(label) {
   const extra = [["Note", label.answer.note], ["A better answer", label.answer.rewrite]].filter(([, text]) => text);
   return make("div", { class: "full" },
     make("section", { class: "card", "aria-label": "Prompt" }, ...turns(label.prompt)),
-    make("div", { class: "shown" }, ...label.order.map((place, index) => make("article", { class: "card" },
+    make("div", { class: "shown" }, ...ordered(label).map((place, index) => make("article", { class: "card" },
       make("header", {}, make("b", {}, LETTERS[index]), make("small", { class: "source" }, source(label.candidates[place]))),
       ...turns(label.candidates[place].text)))),
     ...extra.map(([title, text]) => make("div", { class: "extra" }, make("h4", {}, title), ...turns(text))));
@@ -128,14 +132,18 @@ async function refresh() {
     wanted = false;
     try {
       if (!known) known = Boolean(await hello("manager"));
-      look = await call(`/api/review?page=${page}`);
+      const found = await call(`/api/review?page=${page}&since=${encodeURIComponent(painted)}`);
       if (wanted) continue;
-      pages = look.pages;
-      paint();
-      about = await call("/api/agreement");
+      if (found.version !== painted) {  // else nothing else is in it
+        look = found;
+        pages = look.pages;
+        paint();
+        painted = look.version;
+      }
+      tell("");  // the figures may take longer
+      about = await call("/api/agreement", undefined, FIGURING);
       paintPeople();
       paintAgreement();
-      tell("");
     } catch (error) {
       tell(error.status ? error.message : "No connection to the server; trying again.");
     }

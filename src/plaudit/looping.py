@@ -17,6 +17,7 @@ from typing import Any
 
 from plaudit import checks, config, data, machine, sources
 from plaudit.errors import PlauditError
+from plaudit.feedback import serving
 from plaudit.feedback.desk import Desk, keep, share_of
 from plaudit.feedback.exporting import rows_of
 from plaudit.feedback.items import Candidate, Item, Label
@@ -66,6 +67,7 @@ def _look_ahead(settings: Loop, sections: Sections) -> None:
     """What can be known to be wrong before anything is sampled. Raises PlauditError."""
     if machine.processes()[1] > 1:
         raise PlauditError("a loop is one process, which people talk to: start it without a launcher.")
+    serving.origin_of(settings.address)
     checks.check_data(settings.prompts)
     checks.check_model(settings.model)
     checks.check_model(sections.reward.model)
@@ -109,6 +111,7 @@ class Looping:
             Desk.open(
                 self.whole.folder / STORE,
                 port=settings.port,
+                address=settings.address,
                 overlap=settings.overlap,
                 people=self.sections.names(settings),
                 instructions=settings.instructions,
@@ -149,8 +152,8 @@ class Looping:
         from plaudit.feedback.annotator import PAUSE, Annotator
 
         own = people.tastes(self.sections.synthetic, len(desk.people))
-        links = [link.split("/join/") for link in desk.people.values()]
-        annotators = [Annotator(url, token, taste) for (url, token), taste in zip(links, own, strict=True)]
+        tokens = [link.rpartition("/join/")[2] for link in desk.people.values()]
+        annotators = [Annotator(desk.url, token, taste) for token, taste in zip(tokens, own, strict=True)]
         over = threading.Event()
 
         def work() -> None:
