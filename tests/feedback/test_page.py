@@ -553,6 +553,22 @@ def test_a_connection_that_hangs_is_told_and_loses_nothing(study, people):
     tab.see("#sending", "")
 
 
+def test_what_was_written_comes_back_with_the_question_if_the_answer_is_refused(study, people):
+    study.add(pair(0))
+    tab = people(study)
+    away = between(tab, lambda route: route.fulfill(status=400, body='{"error": "answer: no."}'))
+    tab.keys("e")
+    tab.page.keyboard.type("A better one.")
+    away.append(True)
+    tab.keys("Escape", "ArrowLeft")
+    tab.see("#said", "answer: no.")
+    sync_api.expect(tab.page.locator("#task")).to_be_hidden()
+    away.clear()
+    sync_api.expect(tab.page.locator("#task")).to_be_visible()
+    tab.keys("Enter")
+    assert [label.answer.rewrite for label in tab.answered(1)] == ["A better one."]
+
+
 @pytest.mark.parametrize("status", [200, 404, 502])
 def test_what_answers_in_place_of_the_server_acknowledges_and_refuses_nothing(study, people, status):
     """A proxy's page, or that of a network which wants one to sign in."""
@@ -768,6 +784,8 @@ def test_the_review_says_that_the_order_shown_is_unknown(tmp_path, chromium):
         sync_api.expect(tab.page.locator("details")).to_have_count(2)
         flags = [row.locator("i").all_inner_texts() for row in tab.page.locator("details").all()]
         assert flags == [[], ["order unknown"]]
+        assert "·" in tab.page.locator("details time").first.inner_text()
+        tab.see("details >> nth=1 >> time", "time unknown")
         tab.see("details >> nth=1 >> .verdict", "B > A")
         tab.page.click("details >> nth=1 >> summary")
         assert tab.page.locator(".full article .text").all_inner_texts() == ["left 0", "right 0"]

@@ -18,7 +18,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 import plaudit.algorithms.reward_objectives
 import plaudit.asking
 import plaudit.people  # noqa: F401
-from plaudit import comparing, families, loop, loop_page, loop_plan, machine, recipes
+from plaudit import comparing, families, loop_page, loop_plan, looping, machine, recipes
 from plaudit.feedback import annotator, desk
 from plaudit.looping import Looping
 from plaudit.trainer import Trainer
@@ -57,7 +57,7 @@ def one(moment: str) -> int:
         if moment:
             name, _, count = moment.partition(":")
             die(*MOMENTS[name], int(count))
-        loop.run("loop.yaml")
+        looping.run("loop.yaml")
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 

@@ -240,7 +240,8 @@ def table(labels: Sequence[Label]) -> str:
 
 def _line(label: Label) -> list[object]:
     item, answer = label.item, label.answer
-    at = datetime.fromtimestamp(label.answered_at, UTC).isoformat(timespec="seconds")
+    # Of what was judged elsewhere the time is not known.
+    at = datetime.fromtimestamp(label.answered_at, UTC).isoformat(timespec="seconds") if label.answered_at else ""
     shown = " ".join(chr(ord("A") + place) for place in label.order)
     gold = "" if item.gold is None else in_words(item.gold)
     words = [in_words(answer), answer.strength or "", answer.note, answer.rewrite, gold]

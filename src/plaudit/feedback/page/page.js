@@ -181,11 +181,12 @@ function submit(change) {
     return;
   }
   const ms = Math.round(spent + performance.now() - since);
-  const { assignment } = task;
+  const [{ assignment }, written] = [task, draft];
   counts = { ...counts, mine: counts.mine + 1, left: Math.max(counts.left - 1, 0) };
   leave();
   say(`Answered: ${words}.`);
-  outbox.add("/api/answer", { assignment, ms, answer }).then(value => tally(value.progress), error => { gone.delete(assignment); say(error.message); });
+  const refused = error => { gone.delete(assignment); kept.set(`draft:${assignment}`, written); say(error.message); };
+  outbox.add("/api/answer", { assignment, ms, answer }).then(value => tally(value.progress), refused);
 }
 
 function skip() {

@@ -72,13 +72,14 @@ function source(candidate) {
 function labelRow(label, name) {
   const flags = [label.order.length === 0 && label.candidates.length > 1 && "order unknown", label.gold && "gold", label.repeat && "asked again", label.answer.note && "note",
     label.answer.rewrite && "rewrite"].filter(Boolean);
-  const when = new Date(1000 * label.answered_at);
+  const at = label.answered_at ? new Date(1000 * label.answered_at) : null;  // of what was judged elsewhere it is not known
+  const when = make("time", at ? { datetime: at.toISOString() } : {},
+    at ? `${at.toLocaleString()} · ${(label.ms / 1000).toFixed(1)} s` : "time unknown");
   const short = typeof label.prompt === "string" ? label.prompt : label.prompt.map(turn => turn.content).join(" ");
   const details = make("details", { "data-name": name }, make("summary", {},
     make("b", { dir: "auto" }, label.person), make("span", { class: "verdict" }, words(label)),
     make("span", { class: "start", dir: "auto" }, short.slice(0, 160)),
-    make("span", { class: "flags" }, ...flags.map(flag => make("i", {}, flag))),
-    make("time", { datetime: when.toISOString() }, `${when.toLocaleString()} · ${(label.ms / 1000).toFixed(1)} s`)));
+    make("span", { class: "flags" }, ...flags.map(flag => make("i", {}, flag))), when));
   details.addEventListener("toggle", () => {
     if (details.open && details.children.length === 1) details.append(full(label));
   });
