@@ -159,6 +159,21 @@ def test_rankings_by_keys(study, people):
     assert [cards_of(label) for label in labels[:1]] == [4]
 
 
+def test_b02_after_a_note_the_next_answer_gets_its_place_and_no_earlier_one_loses_its_own(study, people):
+    study.add(ranking(0, 3))
+    tab = people(study)
+    tab.see(PROMPT, "rank 0")
+    tab.keys("1", "n")
+    tab.page.keyboard.type("2 is close")
+    tab.keys("Escape")
+    sync_api.expect(tab.page.locator("#question")).to_be_focused()
+    tab.keys("2")
+    sync_api.expect(tab.page.locator("#answers .card").nth(2)).to_be_focused()
+    tab.keys("3", "n", "Escape", "1", "Enter")  # all have a place: a number out of nowhere changes none
+    (label,) = tab.answered(1)
+    assert (shown(label).ranks, label.answer.note) == ((1, 2, 3), "2 is close")
+
+
 def cards_of(label):
     return len(label.item.candidates)
 

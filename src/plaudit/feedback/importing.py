@@ -12,13 +12,14 @@ from plaudit.errors import PlauditError
 from plaudit.feedback.candidates import SOURCES, located, sources_of
 from plaudit.feedback.exporting import FIELDS
 from plaudit.feedback.forms import answer_to_json, checked_name, dumped, label_from_json
+from plaudit.feedback.gathering import is_store, stored
 from plaudit.feedback.items import STRENGTHS, Answer, Candidate, Item, Kind, Label, check_item
 from plaudit.records import Comparison, Ranking, Rating
 from plaudit.rows import Row, Text, kind_of, rows
 
 
 def read_labels(paths: str | Path | Sequence[str | Path], by: str = "") -> list[Label]:
-    """The labels in one or several JSON-lines files.
+    """The labels in one or several stores or JSON-lines files.
 
     Rows of kind `labels`, and comparisons, rankings and ratings with the `provenance` that an export gave them, become
     what they were. Other such records are labels by the `person` their row names, or else by `by`; their candidates
@@ -29,6 +30,9 @@ def read_labels(paths: str | Path | Sequence[str | Path], by: str = "") -> list[
     pieces: dict[str, _Piece] = {}
     others: dict[type, dict[str, Mapping[str, Any]]] = {Comparison: {}, Ranking: {}, Rating: {}}
     for file in [paths] if isinstance(paths, str | Path) else paths:
+        if is_store(file):
+            labels += stored(file)
+            continue
         for where, values in rows(file):
             row = Row(where, values, ())
             if row.has("item", "answer"):
