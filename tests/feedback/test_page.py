@@ -9,6 +9,7 @@ from hostile import TEXTS
 from live import answer, fresh, pair, ranking, rating, site, tasks
 
 from plaudit.feedback.items import Answer, Candidate, Item
+from plaudit.feedback.store import Store
 
 CHROMIUM = shutil.which("chromium")
 sync_api = pytest.importorskip("playwright.sync_api", reason="the pages are tested with playwright: pip install it")
@@ -530,6 +531,38 @@ def test_unsent_answers_survive_the_server_and_the_page(tmp_path, people):
         tab.see("#sending", "")
 
 
+def test_r28_what_a_full_disk_could_not_keep_stays_in_the_browser(tmp_path, people, monkeypatch):
+    """SQLite is given no more pages, which is the error that a full disk is."""
+    opened = []
+    opening = Store.open
+    monkeypatch.setattr(Store, "open", lambda path: opened.append(opening(path)) or opened[-1])
+    with site(tmp_path / "full.db") as study:
+        study.add(*(pair(number) for number in range(3)))
+        tab = people(study)
+        tab.see(PROMPT, "prompt 0")
+        tab.page.wait_for_load_state("networkidle")
+        [store] = opened
+        (pages,) = store._db.execute("PRAGMA page_count").fetchone()
+        store._db.execute(f"PRAGMA max_page_count = {pages}")
+        tab.keys("n")
+        tab.page.locator("#note").fill("n" * 9000)
+        tab.keys("Escape", "ArrowLeft")
+        waits = "The server's disk is full; nothing was kept of this. 1 answer waits in this browser and will be sent."
+        tab.see("#sending", waits)
+        tab.keys("n")
+        tab.page.keyboard.type("half a no")
+        assert study.labels() == []
+        tab.page.reload()
+        tab.see("#sending", waits)
+        tab.see(PROMPT, "prompt 1")
+        assert tab.page.input_value("#note") == "half a no"
+        store._db.execute("PRAGMA max_page_count = 1000000")
+        tab.page.reload()
+        (label,) = tab.answered(1)
+        assert (shown(label).ranks, label.answer.note) == ((1, 2), "n" * 9000)
+        tab.see("#sending", "")
+
+
 @pytest.mark.slow
 def test_answers_go_on_while_the_server_restarts_under_the_page(tmp_path, people):
     path = tmp_path / "labels.db"
@@ -571,6 +604,28 @@ def test_hostile_texts_are_shown_as_text(study, people):
         assert tab.page.locator("#task .text *, #task .role *").count() == 0
         tab.keys("c")
     tab.answered(7)
+
+
+@pytest.mark.slow
+def test_r27_hostile_errors_are_shown_as_text(study, people):
+    """Whatever the server may say of an answer or of a name: the page shows that sentence, and nothing else."""
+    study.add(pair(0))
+    tab = people(study)
+    tab.see(PROMPT, "prompt 0")
+    said = ""
+    tab.page.route("**/api/undo", lambda route: route.fulfill(status=400, json={"error": said}))
+    for said in TEXTS:
+        tab.keys("u")
+        tab.page.wait_for_function("text => document.getElementById('said').textContent === text", arg=said)
+    assert tab.page.locator("#said *").count() == 0
+    link = study.links.join
+    page = tab.open(link)
+    page.route(link, lambda route: route.fulfill(status=409, json={"error": said}))
+    page.locator("#name").fill("Eve")
+    for said in TEXTS:
+        page.keyboard.press("Enter")
+        page.wait_for_function("text => document.getElementById('problem').textContent === text", arg=said)
+    assert page.locator("#problem *").count() == 0
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from plaudit.feedback.forms import answer_to_json, checked_name, dumped, label_f
 from plaudit.feedback.gathering import is_store, stored
 from plaudit.feedback.items import STRENGTHS, Answer, Candidate, Item, Kind, Label, check_item
 from plaudit.records import Comparison, Ranking, Rating
-from plaudit.rows import Row, Text, kind_of, rows
+from plaudit.rows import Row, Text, kind_of, named, rows
 
 
 def read_labels(paths: str | Path | Sequence[str | Path], by: str = "") -> list[Label]:
@@ -59,11 +59,11 @@ def _kind(row: Row) -> type:
         return Ranking
     if row.has("completion") and row.first("ratings", "rating", "score", "label"):
         return Rating
-    held = ", ".join(f"`{name}`" for name in row.values) or "nothing"
     needs = (
         "a label (`item`, `answer`), a comparison (`chosen`, `rejected`), a ranking (`completions`, `ranking`) or a "
+        "rating (`completion`, `rating`)"
     )
-    raise PlauditError(f"{row.where}: {needs}rating (`completion`, `rating`) is wanted, but this row holds {held}.")
+    raise PlauditError(f"{row.where}: {needs} is wanted, but this row holds {named(row.values)}.")
 
 
 # ------------------------------------------------------------------------------------------------ our own
