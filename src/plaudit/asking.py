@@ -88,15 +88,16 @@ def fitting(
 
 def questions(said: Sequence[Answered]) -> list[Item]:
     """What can be asked about answers: which of two is better, or in what order several stand. What is said twice to a
-    prompt is asked once, and a prompt to which only one thing is said is not asked."""
-    items = []
+    prompt is asked once, and a prompt to which only one thing is said is not asked. All the others are: unless
+    `chosen` picks some of them, chance alone made them, and nothing that was made was left out."""
+    query, items = queries.query("random", 1.0), []
     for prompt, texts in said:
         distinct: dict[str, Candidate] = {}
         for answer in texts:
             distinct.setdefault(json.dumps(answer.text), answer)
         if len(distinct) > 1:
             kind: Kind = "compare" if len(texts) == 2 else "rank"
-            items.append(Item(kind, prompt.prompt, tuple(distinct.values()), columns=prompt.columns))
+            items.append(Item(kind, prompt.prompt, tuple(distinct.values()), query, columns=prompt.columns))
     return items
 
 
@@ -182,9 +183,11 @@ def chosen(
 
 
 def _differences(items: Sequence[Item], rewards: str, world: World) -> Any:
-    """(members, items) each member's score of the first answer less that of the second."""
+    """(members, items) each member's score of the first answer less that of the second, on the scale that it was fitted
+    on, where the sigmoid is a preference: normalised members would all seem about as sure."""
     ensemble: Any = load_rewards(rewards, precision=world.precision, device=world.device).sources[rewards]
     prompts = [item.prompt for item in items]
     with world.autocast():
         first, second = (ensemble.each(prompts, [item.candidates[place].text for item in items]) for place in (0, 1))
-    return (first - second).numpy()
+    deviations = np.array([member.policy.score_deviation for member in ensemble.members])
+    return (first - second).numpy() * deviations[:, None]

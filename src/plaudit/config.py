@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from plaudit.errors import PlauditError
+from plaudit.rows import named
 
 if TYPE_CHECKING:
     import yaml
@@ -93,7 +94,7 @@ def _values(cls: type[DataclassInstance], mapping: Mapping[str, Any], where: str
     for name in values:
         if name not in names:
             hint = _of_others(name) or f"the nearest is `{_nearest(name.replace('-', '_'), names)}`"
-            raise PlauditError(f"{where}: `{verb}` has no setting `{name}`; {hint}.")
+            raise PlauditError(f"{where}: `{verb}` has no setting {named([name])}; {hint}.")
     return {name: _validated(cls, name, value, where) for name, value in values.items()}
 
 

@@ -82,9 +82,15 @@ def key_of(prompt: Text) -> str:
 
 def hold_out(items: Sequence[R], share: float, prompt: Callable[[R], Text]) -> tuple[list[R], list[R]]:
     """(training, held out): whole prompts go to one side, by their hash, so that no prompt is on both and the same
-    prompt always falls on the same side."""
+    prompt always falls on the same side.
+
+    Where few prompts would leave one side empty, the prompt whose hash is nearest goes there: at least one is held
+    out, and never all, unless `share` is 0 or 1, or there is only one prompt."""
+    places = [int(key_of(prompt(item))[:8], 16) for item in items]
     limit = int(share * 16**8)
-    held = [int(key_of(prompt(item))[:8], 16) < limit for item in items]
+    if 0 < share < 1:
+        limit = min(max(limit, min(places) + 1), max(places))
+    held = [place < limit for place in places]
     return (
         [item for item, out in zip(items, held, strict=True) if not out],
         [item for item, out in zip(items, held, strict=True) if out],

@@ -119,7 +119,7 @@ def first_batch(settings: Training, items: list[Any]) -> Batch:
         groups = [row // settings.group for row in range(len(prompts))]
         return collate(prompts, [[0] * settings.max_new_tokens] * len(prompts), groups)
     if isinstance(settings, Reward):
-        items = [items[i] for i in reward.divided(len(items), settings)[0]]
+        items = [items[i] for i in reward.divided(items, settings)[0]]
     order = Order(len(items), settings.batch_size, settings.seed)[0]
     if isinstance(settings, Preference):
         return preference.rows(items, order)

@@ -7,14 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from plaudit import config, pipeline
+from plaudit import checks, config, data, machine, pipeline
 from plaudit.errors import PlauditError
+from plaudit.feedback import serving
 from plaudit.feedback.desk import kept
 from plaudit.feedback.items import Item
 from plaudit.feedback.queries import due
+from plaudit.recipes import listed
+from plaudit.records import Prompt
 from plaudit.settings import VERBS, Reward
 from plaudit.settings.feedback import Annotate, Loop, Queries
-from plaudit.settings.policy_gradient import OnPolicy
+from plaudit.settings.policy_gradient import VPG, OnPolicy
 
 FREE = ("output", "device", "threads", "port", "address", "wait", "target")
 """What may change between the beginning of a loop and its going on."""
@@ -109,6 +112,9 @@ class Sections:
             )
         if settings.target and not found.reward.holdout and found.reward.eval_data is None:
             raise PlauditError(f"{where}: target: no answer is held out to be foreseen: raise `holdout` in `reward`.")
+        for name, part in (("reward", found.reward), ("policy", found.policy)):
+            if part.holdout == 1 and part.eval_data is None:
+                raise PlauditError(f"{where}: {name}: with `holdout` 1 nothing is left to train on: lower it.")
         if 0 < len(settings.people) < settings.overlap:
             raise PlauditError(f"{where}: overlap: {settings.overlap} people are to answer, but fewer are named.")
         questions(settings)
@@ -119,6 +125,34 @@ class Sections:
         if settings.people or self.synthetic is None:
             return settings.people
         return tuple(f"synthetic-{number}" for number in range(1, settings.overlap + 1))
+
+
+def look_ahead(settings: Loop, sections: Sections) -> list[Prompt]:
+    """The prompts, and what can be known to be wrong before anything is sampled: afterwards the settings are bound,
+    and a mistake that ends the loop would cost people's answers. Raises PlauditError."""
+    if machine.processes()[1] > 1:
+        raise PlauditError("a loop is one process, which people talk to: start it without a launcher.")
+    serving.origin_of(settings.address)
+    checks.check_data(settings.prompts)
+    checks.check_model(settings.model)
+    reward, policy = sections.reward, sections.policy
+    checks.check_model(reward.model)
+    checks.check_reward(reward, "comparison", [])
+    for own in (reward.eval_data, reward.normalise_on, policy.eval_data):
+        checks.check_data(own)
+    checks.check_rollout(policy.rollout, policy.batch_size, policy.group, once=isinstance(policy, VPG))
+    checks.check_learning_from_samples(policy)
+    if sections.synthetic is not None:
+        checks.check_rewards(listed(sections.synthetic.rewards))
+    if settings.reference == "first" and policy.lora_rank and settings.rounds > 1:
+        raise PlauditError("reference: an adapter is held to the policy that its round begins with: take last.")
+    prompts = data.load(settings.prompts, Prompt, settings.split).records
+    if settings.target and reward.eval_data is None and len({data.key_of(one.prompt) for one in prompts}) < 2:
+        raise PlauditError(
+            "target: of a single prompt no answer can be held out to be foreseen: give more prompts, or `eval_data` in "
+            "`reward`."
+        )
+    return prompts
 
 
 def questions(settings: Loop) -> list[int]:

@@ -15,19 +15,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from plaudit import checks, config, data, machine, sources
+from plaudit import config, data, machine, sources
 from plaudit.errors import PlauditError
-from plaudit.feedback import serving
 from plaudit.feedback.desk import Desk, keep, share_of
 from plaudit.feedback.exporting import rows_of
 from plaudit.feedback.items import Candidate, Item, Label
-from plaudit.loop_plan import FREE, Round, Sections, questions, read
-from plaudit.recipes import listed
+from plaudit.loop_plan import FREE, Round, Sections, look_ahead, questions, read
 from plaudit.records import Prompt
+from plaudit.rows import rows as rows_in
 from plaudit.run import Run, write_atomically
 from plaudit.settings.common import Training
 from plaudit.settings.feedback import Loop
-from plaudit.settings.policy_gradient import VPG
 
 STORE = "answers.sqlite"
 """The store of the whole loop."""
@@ -55,29 +53,11 @@ def loop(settings: Loop) -> Path:
 
     settings = config.check(settings)
     sections = Sections.of(settings)
-    _look_ahead(settings, sections)
-    prompts = data.load(settings.prompts, Prompt, settings.split).records
+    prompts = look_ahead(settings, sections)
     with Run.open(settings.output, {"verb": "loop", **asdict(settings)}, FREE) as whole:
         if not whole.finished:
             _begun(Looping(replace(settings, model=sources.resolve(settings.model)), sections, prompts, whole))
         return loop_page.write(whole.folder)
-
-
-def _look_ahead(settings: Loop, sections: Sections) -> None:
-    """What can be known to be wrong before anything is sampled. Raises PlauditError."""
-    if machine.processes()[1] > 1:
-        raise PlauditError("a loop is one process, which people talk to: start it without a launcher.")
-    serving.origin_of(settings.address)
-    checks.check_data(settings.prompts)
-    checks.check_model(settings.model)
-    checks.check_model(sections.reward.model)
-    policy = sections.policy
-    checks.check_rollout(policy.rollout, policy.batch_size, policy.group, once=isinstance(policy, VPG))
-    checks.check_learning_from_samples(policy)
-    if sections.synthetic is not None:
-        checks.check_rewards(listed(sections.synthetic.rewards))
-    if settings.reference == "first" and policy.lora_rank and settings.rounds > 1:
-        raise PlauditError("reference: an adapter is held to the policy that its round begins with: take last.")
 
 
 def _begun(looping: Looping) -> None:
@@ -136,8 +116,18 @@ class Looping:
         reached = self._trained(now.policy, self._policy(now), f"Round {now.number}: learning to please")
         if now.number not in [row["step"] for row in self.whole.metrics()]:
             self.whole.log(now.number, self._figures(now, fitted, reached, desk))
-        agreement = fitted.get("accuracy")
-        return bool(self.settings.target) and agreement is not None and agreement >= self.settings.target
+        return self._far_enough(now)
+
+    def _far_enough(self, now: Round) -> bool:
+        """Whether the reward models of a round that is done foresee as much as they should."""
+        from plaudit.hooks import tell
+
+        if not self.settings.target:
+            return False
+        agreement = next(row for row in self.whole.metrics() if row["step"] == now.number).get("agreement")
+        if agreement is None:
+            tell(f"round {now.number}: no held-out answer prefers anything, so `target` cannot be looked at.")
+        return agreement is not None and agreement >= self.settings.target
 
     @contextmanager
     def _answering(self, desk: Desk) -> Iterator[None]:
@@ -282,8 +272,7 @@ class Looping:
         told(0)
         with bar, self.shown():
             desk.wait(mine, needed, told, self._check_answering)
-        labels = desk.labels(self._items(now.number))
-        self._write(now, labels[-self.settings.latest :])
+        self._write(now, desk.labels(self._items(now.number)))
 
     def _check_answering(self) -> None:
         """Raises what the program failed with that answers in place of people, if it did."""
@@ -291,13 +280,19 @@ class Looping:
             raise self.failure
 
     def _write(self, now: Round, labels: Sequence[Label]) -> None:
-        """The answers as comparisons, with who gave them, when, and about whom. Raises PlauditError without any."""
-        rows = rows_of(labels, "comparisons")
+        """The latest answers that decide anything, as comparisons, with who gave them, when, and about whom. Raises
+        PlauditError without any.
+
+        One is `stale` if it is not about the policy that this round improves, which has moved on since."""
+        rows = rows_of(labels, "comparisons")[-self.settings.latest :]
         if not rows:
             raise PlauditError(
                 f"round {now.number}: all {len(labels)} answers say that the two cannot be compared, which teaches "
                 "nothing: change some of them, or begin again with other prompts."
             )
+        newest = self._beginning(now)
+        for row in rows:
+            row["stale"] = any(source["model"] != newest for source in row["provenance"]["sources"])
         write_atomically(now.labels, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     # -------------------------------------------------------------------------------------------------- training
@@ -345,12 +340,35 @@ class Looping:
         figures = {
             "asked": now.questions,
             "labels": len(desk.labels(self._items(now.number))),
-            "agreement": fitted.get("accuracy"),
+            "stale": sum(row["stale"] for _, row in rows_in(now.labels)),
+            "agreement": self._agreement(now),
             "score": reached.get("score"),
             "kl": reached.get("kl"),
             "seconds": fitted["seconds"] + reached["seconds"],
         }
         return {name: value for name, value in figures.items() if value is not None}
+
+    def _agreement(self, now: Round) -> float | None:
+        """How often the reward models, together as they reward, put the held-out answers in people's order; None where
+        no answer is held out that prefers anything."""
+        from plaudit.algorithms.reward import of_pairs
+        from plaudit.recipes import load_records, start_world
+        from plaudit.rewards import load_rewards
+
+        pairs = load_records(self._reward(now)).held
+        if not pairs:
+            return None
+        world = start_world(self.settings)
+        rewards = load_rewards(self._spec(now), precision=world.precision, device=world.device)
+        prompts = [pair.prompt for pair in pairs]
+        with world.autocast():
+            better, worse = (
+                rewards(prompts, texts, {})
+                for texts in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
+            )
+        machine.release()
+        preference = better.new_tensor([pair.preference for pair in pairs])
+        return of_pairs(better - worse, preference).get("accuracy")
 
     def shown(self) -> AbstractContextManager[None]:
         """Keeps the page up to date while the block runs."""

@@ -195,7 +195,7 @@ class Policy(nn.Module):
     def normalise_scores(self, mean: float, deviation: float) -> None:
         """From now on a score s is (s - mean) / deviation. The head takes this up, but for a mean where it has no bias,
         as decoders' heads have none: that goes into the config as `score_offset`, which Hugging Face's classifiers
-        keep and do not apply."""
+        keep and do not apply. There `score_deviation` says too by how much a score was divided since it was fitted."""
         head, shift = score_head(self.backbone), mean + self._score_offset
         head.weight /= deviation
         if head.bias is not None:
@@ -203,6 +203,13 @@ class Policy(nn.Module):
             shift = 0.0
         if shift or self._score_offset:
             self.config.score_offset = shift / deviation
+        if deviation != self.score_deviation:
+            self.config.score_deviation = deviation
+
+    @property
+    def score_deviation(self) -> float:
+        """So many times a difference of scores is the difference that was fitted to people's preferences."""
+        return getattr(self.config, "score_deviation", 1.0)
 
     @property
     def guide(self) -> Callable[[Tensor], Tensor] | None:

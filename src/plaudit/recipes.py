@@ -96,7 +96,7 @@ def _fit(settings: Training, loaded: Data, run: Run, world: World | None) -> Non
     algorithm = family.build(settings, world, template, loaded.training, loaded.held)
     named = config.verb_of(type(settings))
     trainer = Trainer(run, world, settings, [hooks.Evaluating(), hooks.Logging(), hooks.Progressing(named)])
-    trainer.messages += loaded.notes
+    trainer.messages += loaded.notes + algorithm.remarks
 
     def finish() -> None:
         algorithm.finish()

@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 
 from plaudit.config import plain
 from plaudit.errors import PlauditError
-from plaudit.rows import Row, kind_of
+from plaudit.rows import Row, kind_of, named
 from plaudit.rows import Text as Text
 from plaudit.rows import rows as rows
 from plaudit.run import write_atomically
@@ -123,7 +123,7 @@ class _LeaveOut(Exception):
 def _missing(row: Row, wanted: type) -> PlauditError:
     """What the row lacks to be of the wanted kind, and what it seems to be instead."""
     name, found = wanted.__name__.lower(), _seems(row)
-    columns = ", ".join(f"`{name}`" for name in row.values if row.has(name)) or "nothing"
+    columns = named(name for name in row.values if row.has(name))
     problem = f"{row.where}: a {name} needs {_NEEDS[wanted]}, but this row "
     if found is None or found is wanted:
         return PlauditError(f"{problem}holds {columns}.")

@@ -87,6 +87,11 @@ def kind_of(value: Any) -> str:
     return "null" if value is None else kinds.get(type(value), type(value).__name__)
 
 
+def named(names: Iterable[str]) -> str:
+    """Names out of a file as an error tells them: on one line and not too long, whatever they are."""
+    return ", ".join(f"`{repr(name)[1:-1]:.60}`" for name in names) or "nothing"
+
+
 class Row:
     """One row while a record is made of it: gives validated values, and keeps what is left as extra columns.
 

@@ -143,8 +143,11 @@ def _answered(settings: Compare, names: Sequence[str], run: Run) -> None:
             with bar:
                 labels = desk.wait(items, needed, lambda count: bar.update(task, completed=count))
         except KeyboardInterrupt:
-            found = figures(items, desk.labels(items), names, _alike(run))
-            tell(sentence(found, names))
+            # Ties that nobody needs to be asked about are all there from the beginning: beside a few answers they would
+            # drown them.
+            tell(sentence(figures(items, desk.labels(items), names, 0), names))
+            if alike := _alike(run):
+                tell(f"{alike} prompts to which both say the same are left out of this; in the end they count as ties.")
             raise
     run.samples(0, [_side_by_side(item, names) for item in items[:SHOWN]])
     run.finish({"verb": "compare", **figures(items, labels, names, _alike(run))})

@@ -344,20 +344,61 @@ def test_held_out_figures_of_labels_and_choices(at, tmp_path):
 
 def test_a_bootstrap_draws_with_replacement_and_holds_out_what_it_never_drew():
     plain = Reward(model="m", data="d", seed=3, weight_decay=0.1)
-    assert divided(5, plain) == ([0, 1, 2, 3, 4], [])
+    items = [judged(1, 2, first=i) for i in range(2000)]
+    assert divided(items[:5], plain) == ([0, 1, 2, 3, 4], [])
     both = dataclasses.replace(plain, bootstrap=True, adaptive_weight_decay=True)
-    drawn, rest = divided(2000, both)
+    drawn, rest = divided(items, both)
     assert len(drawn) == 2000
     assert set(drawn) | set(rest) == set(range(2000))
     assert not set(drawn) & set(rest)
     assert len(rest) / 2000 == pytest.approx(1 / math.e, abs=0.03)
-    assert divided(2000, both) == (drawn, rest)
-    assert divided(2000, dataclasses.replace(both, seed=4))[0] != drawn
-    drawn, rest = divided(2000, dataclasses.replace(both, bootstrap=False))
+    assert divided(items, both) == (drawn, rest)
+    assert divided(items, dataclasses.replace(both, seed=4))[0] != drawn
+    drawn, rest = divided(items, dataclasses.replace(both, bootstrap=False))
     assert len(rest) == round(2000 / math.e)
     assert sorted(drawn + rest) == list(range(2000))
-    with pytest.raises(PlauditError, match="1 rows are too few to hold 1/e of them out"):
-        divided(1, both)
+
+
+@pytest.mark.parametrize("bootstrap", [True, False])
+def test_b18_a_question_is_learned_from_or_held_out_with_all_answers_to_it(bootstrap):
+    """Two people judged each pair, one of them the other way round, and a third some of them."""
+    pairs = [judged(1, 2, first=10 * i) for i in range(40)]
+    turned = [Judged(pair.texts[::-1], pair.targets) for pair in pairs]
+    items = [*pairs, *turned, *pairs[:10]]
+    given = Reward(
+        model="m", data="d", seed=1, weight_decay=0.1, adaptive_weight_decay=True, bootstrap=bootstrap, members=1
+    )
+    learned, kept = divided(items, given)
+    asked = [frozenset(map(tuple, item.texts)) for item in items]
+    assert {asked[place] for place in learned}.isdisjoint({asked[place] for place in kept})
+    assert set(learned) | set(kept) == set(range(90))
+    # All answers to what was drawn, as often as it was drawn.
+    times = {place: learned.count(place) for place in range(90)}
+    assert all(times[i] == times[40 + i] for i in range(40))
+    assert all(times[i] == times[80 + i] for i in range(10))
+    assert (max(times.values()) > 1) == bootstrap
+
+
+@pytest.mark.parametrize("count", range(1, 6))
+def test_b18_few_questions_leave_nothing_to_keep_back_and_are_learned_from_all_the_same(count):
+    items = [judged(1, 2, first=10 * i) for i in range(count)]
+    given = Reward(model="m", data="d", weight_decay=0.1, adaptive_weight_decay=True, batch_size=count)
+    found = [divided(items, dataclasses.replace(given, bootstrap=True, seed=seed)) for seed in range(400)]
+    assert all(len(learned) == count for learned, _ in found)
+    without = sum(not kept for _, kept in found) / 400
+    assert without == pytest.approx(math.factorial(count) / count**count, abs=0.06)
+    learned, kept = divided(items, given)
+    assert (len(learned), len(kept)) == {1: (1, 0), 2: (1, 1), 3: (2, 1), 4: (3, 1), 5: (3, 2)}[count]
+
+
+def test_b18_where_nothing_is_kept_back_the_weight_decay_stays_and_this_is_told():
+    alone = made(FromRankings, [0.0] * 3, [judged(1, 2)], adaptive_weight_decay=True, weight_decay=0.1, steps=40)
+    assert alone.remarks == ["adaptive_weight_decay: nothing is left of 1 rows to see by, so weight_decay stays 0.1."]
+    batches = alone.batches()
+    for _ in range(10):
+        next(batches)
+    assert alone.weight_decay == 0.1
+    assert not made(FromRankings, [0.0] * 3, [judged(1, 2)], weight_decay=0.1).remarks
 
 
 def test_rows_are_named_by_their_place_in_the_data():
@@ -412,7 +453,15 @@ def test_demonstrations_score_0_wherever_the_model_is_read(model, at, tmp_path):
     torch.testing.assert_close(scores["mean"], raw - raw.mean(), atol=1e-5, rtol=0)
     torch.testing.assert_close(scores["both"], (raw - raw.mean()) / raw.std(correction=0), atol=1e-4, rtol=0)
     assert runs["mean"].summary["score_mean"] == pytest.approx(float(raw.mean()), abs=1e-5)
-    assert runs["both"].summary["score_deviation"] == pytest.approx(float(raw.std(correction=0)), abs=1e-5)
+    deviation = runs["both"].summary["score_deviation"]
+    assert deviation == pytest.approx(float(raw.std(correction=0)), abs=1e-5)
+    # What was fitted to people's preferences can be had back.
+    divisors = {name: load_rewards(str(run.final)).sources[str(run.final)].policy for name, run in runs.items()}
+    assert {name: policy.score_deviation for name, policy in divisors.items()} == {
+        "as it is": 1.0,
+        "mean": 1.0,
+        "both": deviation,
+    }
 
     tokenizer = AutoTokenizer.from_pretrained(runs["both"].final)
     plain = AutoModelForSequenceClassification.from_pretrained(runs["both"].final)
@@ -430,6 +479,8 @@ def test_demonstrations_score_0_wherever_the_model_is_read(model, at, tmp_path):
     torch.testing.assert_close(
         load_rewards(str(again.final))(prompts, completions, {}), scores["both"], atol=1e-4, rtol=0
     )
+    # It was fitted anew, on the scale that it has.
+    assert load_rewards(str(again.final)).sources[str(again.final)].policy.score_deviation == 1
 
 
 # ------------------------------------------------------------------------------------------------------ bad input

@@ -653,6 +653,20 @@ def test_a_row_that_is_no_label_is_refused_and_nothing_taken(tmp_path, row, prob
     assert not (tmp_path / "s.db").exists()
 
 
+def test_another_store_is_taken_in_as_it_is(study, tmp_path):
+    target = tmp_path / "all.db"
+    (tmp_path / "more.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}) + "\n")
+    with Store.read(study) as store:
+        labels = store.labels()
+    given = Import(data=(str(study), str(tmp_path / "more.jsonl")), output=str(target), by="ann")
+    assert take_in(given) == len(labels) + 1
+    with Store.read(target) as store:
+        assert store.labels()[:-1] == labels
+    assert take_in(given) == 0
+    with pytest.raises(PlauditError, match=r"gone\.db: records are read from \.jsonl"):
+        take_in(Import(data=str(tmp_path / "gone.db"), output=str(target)))
+
+
 def test_another_answer_of_the_same_person_becomes_a_repeat(study):
     again = said(Answer((1, 2)), name="elsewhere")
     with Store.open(study) as store:

@@ -18,12 +18,15 @@ from people import answering, former
 import tiny
 from plaudit import asking, evaluate, loop_page, looping, machine
 from plaudit.cli import shipped
+from plaudit.data import hold_out
 from plaudit.errors import PlauditError
 from plaudit.feedback.annotator import Annotator
+from plaudit.feedback.items import Answer, Candidate, Item, Label
 from plaudit.feedback.store import Store
 from plaudit.loop_plan import Sections, questions, read
 from plaudit.records import Prompt
 from plaudit.rewards import load_function, load_rewards
+from plaudit.run import Run
 from plaudit.settings import Evaluate, Sample
 from plaudit.settings.feedback import Loop
 from plaudit.world import World
@@ -37,7 +40,7 @@ LOOP = {
     "labels": 16,
     "first": 0.5,
     "precision": "float32",
-    "reward": {"members": 2, "batch_size": 8, "steps": 2, "learning_rate": 1e-3, "adaptive_weight_decay": False},
+    "reward": {"members": 2, "batch_size": 8, "steps": 2, "learning_rate": 1e-3},
     "policy": {
         "verb": "rloo",
         "steps": 2,
@@ -129,8 +132,11 @@ def test_a_loop_asks_learns_pleases_and_says_where_everything_comes_from(whole, 
     assert second["rewards"] == "ensemble:mean@out/round-002/reward"
     kl = [row["kl"] for row in lines("out/round-002/policy/metrics.jsonl") if "kl" in row]
     assert abs(kl[0]) > 1e-3
+    # What is not about the policy that the round improves says so.
+    assert [row["stale"] for row in learned] == [True] * 8 + [False] * 8
     rounds = lines("out/metrics.jsonl")
     assert [(row["step"], row["asked"], row["labels"]) for row in rounds] == [(1, 8, 8), (2, 8, 16)]
+    assert [row["stale"] for row in rounds] == [0, 8]
     text = Path("out/loop.html").read_text()
     assert "2 of 2 rounds are done, with 16 answers." in text
     assert "http-equiv" not in text
@@ -181,7 +187,11 @@ def test_what_is_asked_where_the_reward_models_disagree_is_where_their_preferenc
     members = load_rewards(spec).sources[spec].members
     prompts = [item.prompt for item in items]
     scores = [[member(prompts, [item.candidates[i].text for item in items]) for i in (0, 1)] for member in members]
-    sure = [[1 / (1 + math.exp(b - a)) for a, b in zip(*pair, strict=True)] for pair in scores]
+    scales = [json.loads(Path(f"out/round-001/reward/member-{n}/summary.json").read_text()) for n in (0, 1)]
+    sure = [
+        [1 / (1 + math.exp((b - a) * found["score_deviation"])) for a, b in zip(*pair, strict=True)]
+        for pair, found in zip(scores, scales, strict=True)
+    ]
     spread = [(first - second) ** 2 for first, second in zip(*sure, strict=True)]
     expected = sorted(range(len(items)), key=lambda place: -spread[place])[:3]
     assert [item.id for item in picked] == [items[place].id for place in expected]
@@ -207,10 +217,8 @@ def test_training_goes_on_while_people_answer_and_what_comes_late_counts_later(h
 def test_a_reward_model_that_is_right_often_enough_ends_the_loop(here, monkeypatch):
     found = {1: 0.6, 2: 0.8, 3: 0.9}
 
-    def trained(self, folder, settings, doing):
-        return {"accuracy": found[int(folder.parent.name[-3:])], "seconds": 1.0, "score": 0.0}
-
-    monkeypatch.setattr(looping.Looping, "_trained", trained)
+    monkeypatch.setattr(looping.Looping, "_trained", lambda *_: {"accuracy": 0.1, "seconds": 1.0, "score": 0.0})
+    monkeypatch.setattr(looping.Looping, "_agreement", lambda self, now: found[now.number])
     prepare(here, rounds=3, online=False, target=0.75)
     looping.run("loop.yaml")
     summary = json.loads(Path("out/summary.json").read_text())
@@ -218,9 +226,74 @@ def test_a_reward_model_that_is_right_often_enough_ends_the_loop(here, monkeypat
     assert not Path("out/round-003").exists()
 
 
+def test_b18_b20_however_few_answers_there_are_the_loop_ends_with_a_policy(here, capsys):
+    """Three answers, one of which is held out: a bootstrap of the two others draws both every second time."""
+    prepare(here, rounds=1, labels=3, reward={**LOOP["reward"], "members": 3})
+    looping.run("loop.yaml")
+    assert (here / "out" / "round-001" / "policy" / "final").is_dir()
+    rows = lines("out/round-001/labels.jsonl")
+    assert len(rows) == 3
+    adapted = [
+        any("validation_ratio" in row for row in lines(f"out/round-001/reward/member-{number}/metrics.jsonl"))
+        for number in range(3)
+    ]
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("nothing is left of 2 rows to see by, so weight_decay stays 0.01") == adapted.count(False) > 0
+
+
+def test_b15_agreement_is_of_the_ensemble_that_rewards(whole, monkeypatch):
+    monkeypatch.chdir(whole)
+    settings = read("loop.yaml")
+    told = [row["agreement"] for row in lines("out/metrics.jsonl")]
+    for number, agreement in enumerate(told, 1):
+        rows = lines(f"out/round-00{number}/labels.jsonl")
+        _, held = hold_out(rows, 0.1, lambda row: row["prompt"])
+        held = [row for row in held if row.get("preference", 1) != 0.5]
+        rewards = load_rewards(f"ensemble:mean@out/round-00{number}/reward")
+        right = [float(rewards([row["prompt"]] * 2, [row["chosen"], row["rejected"]], {}).diff()) < 0 for row in held]
+        assert agreement == pytest.approx(sum(right) / len(held))
+    assert Sections.of(settings).reward.holdout == 0.1
+
+
+def test_b20_a_target_that_nothing_can_be_held_out_for_is_told_before_anything_is_sampled(here):
+    tiny.lines(here / "prompts.jsonl", [{"prompt": "say one"}] * 8)
+    prepared = yaml.safe_load((here / "loop.yaml").read_text())
+    (here / "loop.yaml").write_text(yaml.safe_dump({**prepared, "target": 0.9}))
+    with pytest.raises(PlauditError, match="target: of a single prompt no answer can be held out to be foreseen"):
+        looping.run("loop.yaml")
+    assert not (here / "out").exists()
+
+
+def test_b20_a_round_whose_held_out_answers_prefer_nothing_says_that_the_target_was_not_looked_at(
+    here, monkeypatch, capsys
+):
+    monkeypatch.setattr(looping.Looping, "_trained", lambda *_: {"seconds": 1.0})
+    monkeypatch.setattr(looping.Looping, "_agreement", lambda *_: None)
+    prepare(here, online=False, target=0.75)
+    looping.run("loop.yaml")
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("no held-out answer prefers anything, so `target` cannot be looked at.") == 2
+
+
+def test_b13_b25_the_latest_answers_are_the_latest_that_decide_anything(here):
+    """Somebody who cannot compare anything in the second round, of which four answers are the latest."""
+    looped = looping.Looping(read("loop.yaml", ["latest=4"]), Sections.of(read("loop.yaml")), [], Run(here / "run", -1))
+    said = [Candidate(text, {"model": "model"}) for text in ("a", "b")]
+    items = [Item("compare", f"{place}", tuple(said)) for place in range(8)]
+    labels = [
+        Label(str(place), item, "ann", Answer((1, 2) if place < 5 else None), (0, 1), 0.0, 0.0, 1)
+        for place, item in enumerate(items)
+    ]
+    looped._write(looped.rounds[0], labels)
+    assert [row["prompt"] for row in lines(looped.rounds[0].labels)] == ["1", "2", "3", "4"]
+    with pytest.raises(PlauditError, match="all 3 answers say that the two cannot be compared"):
+        looped._write(looped.rounds[0], labels[5:])
+
+
 def test_prompts_that_are_too_long_leave_the_others_to_be_asked(here, monkeypatch):
     """A single short one is drawn again and again."""
     monkeypatch.setattr(looping.Looping, "_trained", lambda *_: {"seconds": 1.0})
+    monkeypatch.setattr(looping.Looping, "_agreement", lambda *_: None)
     prepare(here, rounds=1, policy={**LOOP["policy"], "max_prompt_tokens": 8})
     prompts = ["say one", *(f"say something longer than {word}" for word in WORDS)]
     tiny.lines(here / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
@@ -262,8 +335,9 @@ def test_with_a_hidden_reward_the_policy_s_true_reward_rises(here):
             precision="float32",
         )
     ).summary
-    assert found["round-1"]["reward"] > found["first"]["reward"] + 1
-    assert found["round-3"]["reward"] > found["round-1"]["reward"]
+    rewards = [found[name]["reward"] for name in ("first", "round-1", "round-2", "round-3")]
+    assert rewards == sorted(rewards)
+    assert rewards[-1] > rewards[0] + 2
 
 
 # ----------------------------------------------------------------------------------------------------------- the file
@@ -299,6 +373,10 @@ def file(here, **changes):
             {"target": 0.9, "reward": {"holdout": 0.0}},
             "loop.yaml: target: no answer is held out to be foreseen: raise `holdout` in `reward`.",
         ),
+        ({"reward": {"holdout": 1}}, "loop.yaml: reward: with `holdout` 1 nothing is left to train on: lower it."),
+        ({"policy": {"verb": "rloo", "holdout": 1}}, "loop.yaml: policy: with `holdout` 1 nothing is left to train on"),
+        ({"reward": {"objective": "regression"}}, "objective: regression learns from ratings, but the data hold comp"),
+        ({"reward": {"eval_data": "gone.jsonl"}}, "data: there is no file 'gone.jsonl'."),
         ({"policy": {"verb": "rloo", "lora_rank": 2}}, "reference: an adapter is held to the policy that its round"),
         ({"policy": {"verb": "rloo", "rollout": 6, "batch_size": 4}}, r"batch_size (4) must divide rollout (6)."),
         ({"prompts": "gone.jsonl"}, "data: there is no file 'gone.jsonl'."),

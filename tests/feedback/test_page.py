@@ -164,6 +164,21 @@ def test_rankings_by_keys(study, people):
     assert [cards_of(label) for label in labels[:1]] == [4]
 
 
+def test_b02_after_a_note_the_next_answer_gets_its_place_and_no_earlier_one_loses_its_own(study, people):
+    study.add(ranking(0, 3))
+    tab = people(study)
+    tab.see(PROMPT, "rank 0")
+    tab.keys("1", "n")
+    tab.page.keyboard.type("2 is close")
+    tab.keys("Escape")
+    sync_api.expect(tab.page.locator("#question")).to_be_focused()
+    tab.keys("2")
+    sync_api.expect(tab.page.locator("#answers .card").nth(2)).to_be_focused()
+    tab.keys("3", "n", "Escape", "1", "Enter")  # all have a place: a number out of nowhere changes none
+    (label,) = tab.answered(1)
+    assert (shown(label).ranks, label.answer.note) == ((1, 2, 3), "2 is close")
+
+
 def cards_of(label):
     return len(label.item.candidates)
 
@@ -582,6 +597,38 @@ def test_what_answers_in_place_of_the_server_acknowledges_and_refuses_nothing(st
     assert [shown(label).ranks for label in tab.answered(1)] == [(1, 2)]
 
 
+def test_r28_what_a_full_disk_could_not_keep_stays_in_the_browser(tmp_path, people, monkeypatch):
+    """SQLite is given no more pages, which is the error that a full disk is."""
+    opened = []
+    opening = Store.open
+    monkeypatch.setattr(Store, "open", lambda path: opened.append(opening(path)) or opened[-1])
+    with site(tmp_path / "full.db") as study:
+        study.add(*(pair(number) for number in range(3)))
+        tab = people(study)
+        tab.see(PROMPT, "prompt 0")
+        tab.page.wait_for_load_state("networkidle")
+        [store] = opened
+        (pages,) = store._db.execute("PRAGMA page_count").fetchone()
+        store._db.execute(f"PRAGMA max_page_count = {pages}")
+        tab.keys("n")
+        tab.page.locator("#note").fill("n" * 9000)
+        tab.keys("Escape", "ArrowLeft")
+        waits = "The server's disk is full; nothing was kept of this. 1 answer waits in this browser and will be sent."
+        tab.see("#sending", waits)
+        tab.keys("n")
+        tab.page.keyboard.type("half a no")
+        assert study.labels() == []
+        tab.page.reload()
+        tab.see("#sending", waits)
+        tab.see(PROMPT, "prompt 1")
+        assert tab.page.input_value("#note") == "half a no"
+        store._db.execute("PRAGMA max_page_count = 1000000")
+        tab.page.reload()
+        (label,) = tab.answered(1)
+        assert (shown(label).ranks, label.answer.note) == ((1, 2), "n" * 9000)
+        tab.see("#sending", "")
+
+
 @pytest.mark.slow
 def test_answers_go_on_while_the_server_restarts_under_the_page(tmp_path, people):
     path = tmp_path / "labels.db"
@@ -623,6 +670,28 @@ def test_hostile_texts_are_shown_as_text(study, people):
         assert tab.page.locator("#task .text *, #task .role *").count() == 0
         tab.keys("c")
     tab.answered(7)
+
+
+@pytest.mark.slow
+def test_r27_hostile_errors_are_shown_as_text(study, people):
+    """Whatever the server may say of an answer or of a name: the page shows that sentence, and nothing else."""
+    study.add(pair(0))
+    tab = people(study)
+    tab.see(PROMPT, "prompt 0")
+    said = ""
+    tab.page.route("**/api/undo", lambda route: route.fulfill(status=400, json={"error": said}))
+    for said in TEXTS:
+        tab.keys("u")
+        tab.page.wait_for_function("text => document.getElementById('said').textContent === text", arg=said)
+    assert tab.page.locator("#said *").count() == 0
+    link = study.links.join
+    page = tab.open(link)
+    page.route(link, lambda route: route.fulfill(status=409, json={"error": said}))
+    page.locator("#name").fill("Eve")
+    for said in TEXTS:
+        page.keyboard.press("Enter")
+        page.wait_for_function("text => document.getElementById('problem').textContent === text", arg=said)
+    assert page.locator("#problem *").count() == 0
 
 
 @pytest.mark.slow

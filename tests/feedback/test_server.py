@@ -290,7 +290,7 @@ def check_review(study):
         answer(ann, tasks(ann)[0], {"choice": "left", "note": f"note {number}"}, f"k{number}", ms=1500)
     first, second = (study.manager.get(f"/api/review?page={page}").json() for page in (1, 2))
     assert (len(first["labels"]), len(second["labels"]), first["pages"]) == (50, 5, 2)
-    assert first["progress"]["done"], first["progress"]["left"] == (55, 5)
+    assert (first["progress"]["done"], first["progress"]["left"]) == (55, 5)
     assert first["people"] == {"ann": 55}
     newest = first["labels"][0]
     assert newest["answer"]["note"] == "note 54"

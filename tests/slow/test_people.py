@@ -42,9 +42,8 @@ def here(tmp_path: Path) -> Path:
     for seed, verb in enumerate(("sft", "ppo"), 1):
         tiny.folder(tmp_path / "runs" / verb / "final", seed=seed)
     tiny.lines(tmp_path / "prompts.jsonl", [{"prompt": f"Question {i}: how is it?"} for i in range(24)])
-    for page in (README, (ROOT / "docs" / "rewards.md").read_text("utf-8")):
-        for text, name in re.findall(r"^```\w+\n(# ([\w-]+\.(?:yaml|py))\n.*?)^```$", page, re.M | re.S):
-            (tmp_path / name).write_text(text)
+    for text, name in re.findall(r"^```\w+\n(# ([\w-]+\.(?:yaml|py))\n.*?)^```$", README, re.M | re.S):
+        (tmp_path / name).write_text(text)
     return tmp_path
 
 

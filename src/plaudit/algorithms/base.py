@@ -24,6 +24,7 @@ class Algorithm:
     position  batches handed out so far: raised before a batch is yielded, so that a state saved after its step
               says what comes next
     notes     figures about the last rollout, logged with the next step
+    remarks   sentences for the user about what it begins with
     shown     samples for people to read, written with the next step
     """
 
@@ -43,6 +44,7 @@ class Algorithm:
         self.tokens_per_pass = tokens_per_pass
         self.position = 0
         self.notes: dict[str, float] = {}
+        self.remarks: list[str] = []
         self.shown: list[dict[str, Any]] = []
 
     def batches(self) -> Iterator[Batch]:

@@ -15,7 +15,6 @@ from torch import Tensor
 from plaudit import statistics
 from plaudit.algorithms.base import FromData, Stats
 from plaudit.batch import Batch, collate
-from plaudit.errors import PlauditError
 from plaudit.losses import all_pairs, bradley_terry
 from plaudit.policy import Output, Policy
 from plaudit.settings import Reward
@@ -57,9 +56,12 @@ class RewardModelling(FromData):
         held: list[Judged],
         anchor: Sequence[list[int]] = (),
     ) -> None:
-        self.places, rest = divided(len(data), settings)
+        self.places, rest = divided(data, settings)
         super().__init__(settings, world, policy, [data[i] for i in self.places], held)
         self.validation, self.anchor = [data[i] for i in rest], list(anchor)
+        if settings.adaptive_weight_decay and not rest:
+            kept = f"nothing is left of {len(data)} rows to see by, so weight_decay stays {settings.weight_decay:g}"
+            self.remarks.append(f"adaptive_weight_decay: {kept}.")
         self.weight_decay = settings.weight_decay if settings.adaptive_weight_decay else None
         self.found: dict[str, Any] = {}
 
@@ -145,6 +147,7 @@ class RewardModelling(FromData):
         scaled = self.settings.normalise_scale
         texts = self.anchor or ([text for item in self.data for text in item.texts] if scaled else [])
         if not texts:
+            self.policy.normalise_scores(0.0, 1.0)  # however the model was scaled that it began with
             return
         scores = self.quiet_scores(collate(texts, [[]] * len(texts)).to(self.world.device)).double()
         mean, deviation = float(scores.mean()), float(scores.std(correction=0))
@@ -181,21 +184,25 @@ class RewardModelling(FromData):
         self.weight_decay = state["weight_decay"]
 
 
-def divided(count: int, settings: Reward) -> tuple[list[int], list[int]]:
-    """Which of `count` items are learned from and, for an adaptive weight decay, which are not: after a bootstrap those
-    never drawn, which are 1/e of all on average; without one, a random 1/e. Raises PlauditError for too few."""
+def divided(items: Sequence[Judged], settings: Reward) -> tuple[list[int], list[int]]:
+    """Places of the items that are learned from and, for an adaptive weight decay, of those that are not: after a
+    bootstrap those never drawn, which are 1/e of all on average; without one, a random 1/e.
+
+    What is drawn are questions, each with all answers to it: what one person said of two texts is no test of what was
+    learned from another person about the same two. Few questions may leave nothing to be kept back."""
+    questions: dict[Any, list[int]] = {}
+    for place, item in enumerate(items):
+        questions.setdefault(tuple(sorted(map(tuple, item.texts))), []).append(place)
+    places, count = list(questions.values()), len(questions)
     draw = np.random.default_rng((settings.seed, count, LOOKS))
     chosen = np.arange(count)
     if settings.bootstrap:
         chosen = draw.integers(count, size=count)
     elif settings.adaptive_weight_decay:
         chosen = draw.permutation(count)[round(count / math.e) :]
-    if not settings.adaptive_weight_decay:
-        return chosen.tolist(), []
-    rest = np.setdiff1d(np.arange(count), chosen)
-    if not len(chosen) or not len(rest):
-        raise PlauditError(f"adaptive_weight_decay: {count} rows are too few to hold 1/e of them out: leave it off.")
-    return chosen.tolist(), rest.tolist()
+    rest = np.setdiff1d(np.arange(count), chosen) if settings.adaptive_weight_decay else chosen[:0]
+    learned, kept = ([place for question in part for place in places[question]] for part in (chosen, rest))
+    return learned, kept
 
 
 def adapted(decay: float, ratio: float, learning_rate: float) -> float:

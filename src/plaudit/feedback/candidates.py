@@ -12,7 +12,7 @@ from plaudit.errors import PlauditError
 from plaudit.feedback.forms import check_answer, dumped, item_from_json
 from plaudit.feedback.items import MOST, Answer, Candidate, Item, Kind, check_item
 from plaudit.records import Comparison, Ranking, Rating, parse, ranks_of
-from plaudit.rows import Row, Text, kind_of, rows
+from plaudit.rows import Row, Text, kind_of, named, rows
 
 SOURCES = ("models", "sources", "model", "source")
 _OWN = ("prompt", "completions", "completion", *SOURCES, "gold", "query")
@@ -63,9 +63,8 @@ def read_items(paths: str | Path | Sequence[str | Path], kind: Kind | None = Non
 
 
 def _nothing(row: Row) -> PlauditError:
-    held = ", ".join(f"`{name}`" for name in row.values) or "nothing"
     needs = "`completions`, or `chosen` and `rejected`, or a `completion`"
-    return PlauditError(f"{row.where}: what is to be judged needs {needs}, but this row holds {held}.")
+    return PlauditError(f"{row.where}: what is to be judged needs {needs}, but this row holds {named(row.values)}.")
 
 
 def _differ(item: Item) -> bool:

@@ -30,19 +30,24 @@ def gather(paths: Sequence[str | Path]) -> list[Label]:
     """
     labels: dict[str, Label] = {}
     for path in map(Path, paths):
-        for label in _stored(path) if _is_store(path) else _read(path):
+        if not path.is_file():
+            raise PlauditError(f"data: there is no file {str(path)!r}.")
+        for label in stored(path) if is_store(path) else _read(path):
             labels.setdefault(label.id, label)
     return list(labels.values())
 
 
-def _is_store(path: Path) -> bool:
-    if not path.is_file():
-        raise PlauditError(f"data: there is no file {str(path)!r}.")
-    with path.open("rb") as file:
-        return file.read(len(SQLITE)) == SQLITE
+def is_store(path: str | Path) -> bool:
+    """Whether this is an SQLite file; not if it cannot be read, of which whoever reads it next will tell."""
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(len(SQLITE)) == SQLITE
+    except OSError:
+        return False
 
 
-def _stored(path: Path) -> list[Label]:
+def stored(path: str | Path) -> list[Label]:
+    """The labels in a store. Raises PlauditError where the file is none."""
     with Store.read(path) as store:
         return store.labels()
 

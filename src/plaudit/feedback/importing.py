@@ -12,9 +12,10 @@ from plaudit.errors import PlauditError
 from plaudit.feedback.candidates import SOURCES, located, sources_of
 from plaudit.feedback.exporting import FIELDS
 from plaudit.feedback.forms import answer_to_json, checked_name, dumped, label_from_json
+from plaudit.feedback.gathering import is_store, stored
 from plaudit.feedback.items import STRENGTHS, Answer, Candidate, Item, Kind, Label, check_item
 from plaudit.records import Comparison, Ranking, Rating
-from plaudit.rows import Row, Text, kind_of, rows
+from plaudit.rows import Row, Text, kind_of, named, rows
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Read:
 
 
 def read_labels(paths: str | Path | Sequence[str | Path], by: str = "") -> Read:
-    """The labels in one or several JSON-lines files.
+    """The labels in one or several stores or JSON-lines files.
 
     Rows of kind `labels`, and comparisons, rankings and ratings with the `provenance` that an export gave them, become
     what they were. Other such records are labels by the `person` their row names, or else by `by`; their candidates
@@ -38,6 +39,9 @@ def read_labels(paths: str | Path | Sequence[str | Path], by: str = "") -> Read:
     pieces: dict[str, _Piece] = {}
     others: dict[Any, dict[str, Mapping[str, Any]]] = {Comparison: {}, Ranking: {}, Rating: {}}
     for file in [paths] if isinstance(paths, str | Path) else paths:
+        if is_store(file):
+            labels += [(f"{file}: label {number}", label) for number, label in enumerate(stored(file), 1)]
+            continue
         for where, values in rows(file):
             row = Row(where, values, ())
             if row.has("item", "answer"):
@@ -70,11 +74,11 @@ def _kind(row: Row) -> type:
         return Ranking
     if row.has("completion") and row.first("ratings", "rating", "score", "label"):
         return Rating
-    held = ", ".join(f"`{name}`" for name in row.values) or "nothing"
     needs = (
         "a label (`item`, `answer`), a comparison (`chosen`, `rejected`), a ranking (`completions`, `ranking`) or a "
+        "rating (`completion`, `rating`)"
     )
-    raise PlauditError(f"{row.where}: {needs}rating (`completion`, `rating`) is wanted, but this row holds {held}.")
+    raise PlauditError(f"{row.where}: {needs} is wanted, but this row holds {named(row.values)}.")
 
 
 # ------------------------------------------------------------------------------------------------ our own

@@ -113,7 +113,7 @@ def read_answer(kind: Kind, count: int, given: Mapping[str, Any]) -> Answer:
     """
     unknown = set(given) - {"choice", "tiers", "rating", "thumb", "strength", "note", "rewrite"}
     if unknown:
-        raise PlauditError(f"answer: there is no field {min(unknown)!r}.")
+        raise PlauditError(f"answer: there is no field {min(unknown)!r:.60}.")
     ranks, rating = _judged(kind, count, given)
     strength = given.get("strength")
     if strength is not None and (type(strength) is not int or strength not in STRENGTHS):

@@ -52,11 +52,11 @@ class Loop(Machine):
     """How the other questions are spread over the rounds: evenly, falling as T / (t + T) with T a fifth of the rounds,
     or falling by one factor a round to a hundredth."""
     wait: Share = 1.0
-    """Share of a round's answers that training waits for; what comes later counts in the next round."""
+    """Share of a round's answers that training waits for; what is late counts in the next round, if there is one."""
     online: bool = True
     """Ask about the newest policy's answers; otherwise always about the first one's."""
     latest: CountOrNone = 3000
-    """Learn from the last so many answers only; 0 learns from all."""
+    """Learn from the last so many answers that decide anything; 0 learns from all."""
     target: Share = 0.0
     """Stop once the reward model is right about so large a share of the held-out answers; 0 never does."""
     reference: Literal["first", "last"] = "first"
@@ -184,8 +184,8 @@ class Import:
     """Labels into a store: those of another store, or comparisons, rankings and ratings from anywhere."""
 
     data: str | tuple[str, ...]
-    """JSON lines that `export` wrote, or with `chosen` and `rejected`, `completions` and `ranking`, or `completion` and
-    `rating`."""
+    """Stores, or JSON lines that `export` wrote, or with `chosen` and `rejected`, `completions` and `ranking`, or
+    `completion` and `rating`."""
     output: str
     """The store; it is made if it is not there."""
     by: str = ""

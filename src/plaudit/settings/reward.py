@@ -37,11 +37,11 @@ class Reward(Training):
     normalise_scale: bool = False
     """Scores have standard deviation 1 too, over `normalise_on`, or mean 0 and deviation 1 over the training texts."""
     bootstrap: bool = False
-    """Learn from as many rows as there are, drawn with replacement by the seed."""
+    """Learn from as many questions as there are, drawn with replacement by the seed, each with all answers to it."""
     members: Count = 1
     """Reward models in an ensemble: each on a bootstrap of its own, normalised, in a folder `member-0` and so on."""
     adaptive_weight_decay: bool = False
-    """Move `weight_decay` so that the loss on 1/e of the data, held out for this, is 1.1 to 1.5 times that on the
+    """Move `weight_decay` so that the loss on 1/e of the questions, held out for this, is 1.1 to 1.5 times that on the
     rest."""
     dropout: bool = False
     """Keep the model's own dropout on while training."""

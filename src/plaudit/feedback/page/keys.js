@@ -55,7 +55,9 @@ function rank(event, key, act, task) {
   }
   const tier = Number(key);
   if (!(tier >= 1 && tier <= task.count)) return false;
-  return always(act.place, Math.max(here, 0), tier);
+  const free = cards.findIndex(card => !card.classList.contains("placed"));  // next, for who comes out of a text field
+  const place = here < 0 ? free : here;
+  return place >= 0 && always(act.place, place, tier);
 }
 
 function rate(event, key, act) {
