@@ -21,7 +21,6 @@ from plaudit.feedback.desk import Desk, keep, share_of
 from plaudit.feedback.exporting import rows_of
 from plaudit.feedback.items import Candidate, Item, Label
 from plaudit.loop_plan import FREE, Round, Sections, questions, read
-from plaudit.recipes import listed
 from plaudit.records import Prompt
 from plaudit.run import Run, write_atomically
 from plaudit.settings.common import Training
@@ -73,7 +72,7 @@ def _look_ahead(settings: Loop, sections: Sections) -> None:
     checks.check_rollout(policy.rollout, policy.batch_size, policy.group, once=isinstance(policy, VPG))
     checks.check_learning_from_samples(policy)
     if sections.synthetic is not None:
-        checks.check_rewards(listed(sections.synthetic.rewards))
+        checks.check_rewards(checks.listed(sections.synthetic.rewards))
     if settings.reference == "first" and policy.lora_rank and settings.rounds > 1:
         raise PlauditError("reference: an adapter is held to the policy that its round begins with: take last.")
 
