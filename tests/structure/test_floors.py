@@ -19,7 +19,7 @@ FLOORS = {
     3: "algorithms comparing asking",
     4: "checkpoint trainer hooks",
     5: "families recipes inference pipeline explain outcome report cli bench "
-    "people feedback_report labelling versus loop loop_plan loop_page",
+    "trl_arguments trl_shapes people feedback_report labelling versus loop loop_plan loop_page",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 CONFINED = {
