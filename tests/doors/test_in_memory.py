@@ -12,8 +12,23 @@ import yaml
 from datasets import Dataset
 from doorway import PROMPTS, SHARED, weights
 
+import tiny
 import watched
-from plaudit import GRPO, PPO, SFT, Evaluate, PlauditError, checks, config, evaluate, memory, recipes, train
+from plaudit import (
+    GRPO,
+    ILQL,
+    PPO,
+    SFT,
+    Evaluate,
+    PlauditError,
+    Reward,
+    checks,
+    config,
+    evaluate,
+    memory,
+    recipes,
+    train,
+)
 from plaudit.trainer import Interrupted
 
 ROWS = [{"prompt": prompt, "id": number} for number, prompt in enumerate(PROMPTS)]
@@ -183,3 +198,21 @@ def test_s4_12_the_best_of_several_by_a_function(models, plaudit, prompts):
     path = sample(Sample(model=str(models / "plain"), data=prompts, n=3, best_of=(length,), max_new_tokens=4))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["score"] for row in rows] == [len(row["completion"]) for row in rows]
+
+
+def test_s4_19_offline_from_samples_and_what_they_earned(models, here):
+    samples, earned = [f"say {i} " + "a" * (i % 4) for i in range(8)], [float(i % 4) for i in range(8)]
+    rows = [{"text": text, "rating": rating} for text, rating in zip(samples, earned, strict=True)]
+    settings = ILQL(model=str(models / "plain"), data=rows, output="memory", batch_size=4, steps=2, **SHARED)
+    from_memory = train(settings)
+    from_file = train(replace(settings, data=tiny.lines(here / "rated.jsonl", rows), output="file"))
+    assert weights(from_memory.final) == weights(from_file.final)
+    assert "ilql_heads.safetensors" in weights(from_file.final)
+
+
+def test_s2_02_an_ensemble_of_rows_in_memory(models, here):
+    rows = [{"prompt": p, "chosen": " yes", "rejected": " no"} for p in PROMPTS]
+    whole = Reward(model=str(models / "plain"), data=rows, output="whole", members=2, batch_size=8, steps=1, **SHARED)
+    run = train(whole)
+    assert run.summary["members"] == 2
+    assert kept("whole/member-1")["data"] == kept("whole")["data"] == str(*Path("whole").glob("data-*.jsonl"))
