@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     BartConfig,
     BertConfig,
     DebertaV2Config,
@@ -119,6 +120,16 @@ def encoder(path: Path, kind: str = "bert", seed: int = 0, **changes: Any) -> st
         made = BertConfig(**{**common, **shape, **quiet, **changes})
     torch.manual_seed(seed)
     AutoModel.from_config(made).save_pretrained(path)
+    return str(path)
+
+
+def classifier(path: Path, labels: Sequence[str], seed: int = 0) -> str:
+    """A folder of a text classifier with these labels."""
+    torch.manual_seed(seed)
+    named = dict(enumerate(labels))
+    made = config(pad_token_id=256, id2label=named, label2id={label: i for i, label in named.items()})
+    AutoModelForSequenceClassification.from_config(made).save_pretrained(path)
+    tokenizer(chat=False).save_pretrained(path)
     return str(path)
 
 

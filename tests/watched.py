@@ -104,3 +104,11 @@ def logged(folder: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
 def final(folder: str | Path) -> bytes:
     """The bytes of the finished model's weights."""
     return (Path(folder) / "final" / "model.safetensors").read_bytes()
+
+
+def scalars(folder: Path) -> dict[tuple[str, int], float]:
+    """What TensorBoard's files in a folder hold, by name and step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder)).Reload()
+    return {(name, event.step): event.value for name in found.Tags()["scalars"] for event in found.Scalars(name)}

@@ -16,6 +16,7 @@ from plaudit.settings.scratch import SCRATCH
 
 if TYPE_CHECKING:
     from plaudit.settings import Reward
+    from plaudit.settings.rewards import RewardSource, SeveralSources
 
 LINES = (".jsonl", ".jsonl.gz", ".json")
 ACTION_HEADS = "ilql_heads.safetensors"
@@ -127,9 +128,16 @@ ENSEMBLE_RULE = r"mean|minimum|mean-(\d+(?:\.\d+)?)std"
 """How the scores of an ensemble become one: `ensemble:RULE@FOLDER`."""
 
 
-def check_rewards(specs: Sequence[str]) -> None:
+def listed(given: RewardSource | SeveralSources) -> list[RewardSource]:
+    """One reward or several, as a list."""
+    return [given] if isinstance(given, str) or callable(given) else list(given)
+
+
+def check_rewards(specs: Sequence[RewardSource]) -> None:
     """The checks that need nothing heavy: files, functions and models are there. Raises PlauditError."""
     for spec in specs:
+        if not isinstance(spec, str):
+            continue
         kind, colon, rest = spec.partition(":")
         if spec.endswith(".py"):
             raise PlauditError(f"reward {spec!r}: name the function too, as in {spec + ':reward'!r}.")
@@ -256,6 +264,11 @@ def _check_function(spec: str) -> None:
     """Looks for `file.py:name` without running the file, which may do or load anything."""
     place, _, name = spec.rpartition(":")
     if not place.endswith(".py"):
+        if place == "__main__" or "<" in name:
+            raise PlauditError(
+                f"reward {spec!r} is a function within the Python program that gave it: go on from there, or put it "
+                "into a file of its own and name it as in 'reward.py:name'."
+            )
         if not _is_module(place):
             raise PlauditError(f"reward {spec!r}: there is no module {place!r}.")
         return

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, make_dataclass
 from functools import cache
 from pathlib import Path
@@ -224,12 +224,21 @@ def _dumper() -> type[yaml.SafeDumper]:
     return Dumper
 
 
+def name_of(function: Callable[..., Any]) -> str:
+    """What a function that was given from Python is called in a file: its module and its qualified name."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
 def plain(value: Any) -> Any:
-    """`value` with mappings as dict, sequences as list and paths as text: what YAML gives back."""
+    """`value` with mappings as dict, sequences as list, paths as text and functions as their names: what YAML gives
+    back."""
     if isinstance(value, Mapping):
         return {name: plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [plain(part) for part in value]
+    if callable(value):
+        return name_of(value)
     return str(value) if isinstance(value, Path) else value
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from plaudit import checks, config, data, machine, sources
 from plaudit.errors import PlauditError
 from plaudit.families import asked_of
-from plaudit.recipes import left_out, listed, opened, start_world
+from plaudit.recipes import in_files, left_out, opened, start_world
 from plaudit.records import Loaded, Prompt
 from plaudit.run import Run, write_atomically
 from plaudit.settings import Evaluate, Sample
@@ -35,7 +35,7 @@ def evaluate(settings: Evaluate) -> Run:
 
     Raises PlauditError for what the user can put right.
     """
-    settings = config.check(settings)
+    settings = config.check(in_files(settings))
     named = _named(settings.policies)
     reference = settings.model or next(iter(named.values()))
     checks.check_data(settings.data)
@@ -43,7 +43,7 @@ def evaluate(settings: Evaluate) -> Run:
         checks.check_model(folder)
     if settings.ilql_beta:
         checks.check_guidance(list(named.values()))
-    checks.check_rewards([*listed(settings.rewards), *listed(settings.judge or ())])
+    checks.check_rewards([*checks.listed(settings.rewards), *checks.listed(settings.judge or ())])
     prompts = data.load(settings.data, Prompt, settings.split)
     with opened(settings, ("output", "device")) as run:
         if not run.finished:

@@ -13,7 +13,6 @@ from plaudit.feedback import serving
 from plaudit.feedback.desk import kept
 from plaudit.feedback.items import Item
 from plaudit.feedback.queries import due
-from plaudit.recipes import listed
 from plaudit.records import Prompt
 from plaudit.settings import VERBS, Reward
 from plaudit.settings.feedback import Annotate, Loop, Queries
@@ -143,7 +142,7 @@ def look_ahead(settings: Loop, sections: Sections) -> list[Prompt]:
     checks.check_rollout(policy.rollout, policy.batch_size, policy.group, once=isinstance(policy, VPG))
     checks.check_learning_from_samples(policy)
     if sections.synthetic is not None:
-        checks.check_rewards(listed(sections.synthetic.rewards))
+        checks.check_rewards(checks.listed(sections.synthetic.rewards))
     if settings.reference == "first" and policy.lora_rank and settings.rounds > 1:
         raise PlauditError("reference: an adapter is held to the policy that its round begins with: take last.")
     prompts = data.load(settings.prompts, Prompt, settings.split).records

@@ -49,7 +49,7 @@ def annotate(settings: Annotate) -> list[int]:
     """
     settings = config.check(settings)
     url, tokens = _places(settings)
-    checks.check_rewards([settings.rewards] if isinstance(settings.rewards, str) else settings.rewards)
+    checks.check_rewards(checks.listed(settings.rewards))
     from plaudit.feedback import annotator
 
     if settings.people:

@@ -10,9 +10,9 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from plaudit import checks, config, data, machine, sources
+from plaudit import checks, config, data, machine, memory, sources
 from plaudit.errors import PlauditError
 from plaudit.families import family_of
 from plaudit.records import Demonstration, Loaded
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from plaudit.templates import Template
     from plaudit.world import World
 
+S = TypeVar("S", bound=Common)
+
 # What may change between the beginning of a run and its going on: nothing that the numbers depend on.
 FREE = ("output", "device", "threads", "log_every", "keep", "save_every", "track")
 
@@ -36,10 +38,11 @@ FOUND = "machine.json"
 def train(settings: Training) -> Run:
     """Trains what the settings describe and returns the run, whose `final` folder `from_pretrained` opens.
 
-    A run that was interrupted goes on where it was; one that is finished is left as it is. Raises PlauditError
-    for what the user can put right, and `trainer.Interrupted` after SIGINT or SIGTERM.
+    A run that was interrupted goes on where it was; one that is finished is left as it is. Rewards may be functions,
+    and data rows in memory. Raises PlauditError for what the user can put right, and `trainer.Interrupted` after SIGINT
+    or SIGTERM.
     """
-    settings, loaded = prepare(settings)
+    settings, loaded = prepare(in_files(settings))
     if isinstance(settings, Reward) and settings.members > 1:
         return _train_members(settings)
     rank, size = machine.processes()
@@ -52,6 +55,23 @@ def train(settings: Training) -> Run:
             return run
         _fit(settings, loaded, run, world)
         return run
+
+
+def in_files(settings: S) -> S:
+    """The settings with rows that were given in memory in files of the run folder, which the first of several processes
+    writes for all. Raises PlauditError."""
+    held = memory.rows_of(settings)
+    if not held:
+        return settings
+    paths: dict[str, Any] = {name: memory.path_of(settings.output, name, content) for name, content in held.items()}
+    settings = config.check(dataclasses.replace(settings, **paths))
+    rank, size = machine.processes()
+    if rank == 0:
+        for name, path in paths.items():
+            memory.write(path, held[name])
+    if size > 1:  # the first says where once it has written
+        settings = dataclasses.replace(settings, **start_world(settings).share(paths))
+    return settings
 
 
 def _train_members(settings: Reward) -> Run:
@@ -122,7 +142,7 @@ def opened(settings: Common, free: Collection[str]) -> Iterator[Run]:
     """The run of these settings. Where a mistake ends it before its first step is done, the settings are not kept: the
     corrected command would be refused for differing from them. What was evaluated before that step is done again."""
     named = config.verb_of(type(settings))
-    with Run.open(settings.output, {"verb": named, **dataclasses.asdict(settings)}, free) as run:
+    with Run.open(settings.output, {"verb": named, **config.to_mapping(settings)}, free) as run:
         try:
             yield run
         except PlauditError:
@@ -156,7 +176,7 @@ def prepare(settings: Training) -> tuple[Training, Data]:
         checks.check_model(settings.model)
     checks.check_processes(settings.batch_size, machine.processes()[1])
     if isinstance(settings, OnPolicy):
-        checks.check_rewards(listed(settings.rewards))
+        checks.check_rewards(checks.listed(settings.rewards))
         checks.check_rollout(settings.rollout, settings.batch_size, settings.group, once=isinstance(settings, VPG))
         checks.check_learning_from_samples(settings)
         checks.check_reference(getattr(settings, "reference", ""), settings.lora_rank)
@@ -253,11 +273,6 @@ def left_out(loaded: Loaded[Any]) -> list[str]:
     return [
         f"{len(places)} rows left out: {reason} (the first is {places[0]})" for reason, places in loaded.dropped.items()
     ]
-
-
-def listed(value: str | tuple[str, ...]) -> list[str]:
-    """One name or several, as a list."""
-    return [value] if isinstance(value, str) else list(value)
 
 
 def _say(message: str) -> None:

@@ -21,14 +21,16 @@ from torch import Tensor
 from plaudit.advantages import RunningMoments
 from plaudit.backbone import limit_of
 from plaudit.batch import collate
-from plaudit.checks import ENSEMBLE_RULE, check_model, members_of
+from plaudit.checks import ENSEMBLE_RULE, check_model, listed, members_of
+from plaudit.config import plain
 from plaudit.errors import PlauditError
 from plaudit.loading import load_reward_model, load_tokenizer
 from plaudit.policy import Policy
 from plaudit.records import Text
+from plaudit.settings.rewards import RewardSource, SeveralSources
 from plaudit.templates import Template
 
-Source = Callable[..., Sequence[float]]
+Source = Callable[..., Sequence[float | None]]
 
 
 def load_function(spec: str) -> Callable[..., Any]:
@@ -300,7 +302,7 @@ def _told(error: BaseException) -> str:
 
 
 def load_rewards(
-    specs: str | Sequence[str],
+    specs: RewardSource | SeveralSources,
     *,
     weights: Sequence[float] = (),
     clip: float = 0.0,
@@ -310,14 +312,20 @@ def load_rewards(
     device: torch.device | None = None,
     tokens_per_pass: int = 4096,
 ) -> Rewards:
-    """Rewards from their names (see `settings.rewards`). Raises PlauditError where a name leads nowhere."""
+    """Rewards from their names (see `settings.rewards`), or as the functions that they are. Raises PlauditError where a
+    name leads nowhere."""
     device = device or torch.device("cpu")
     sources: dict[str, Source] = {}
-    for spec in [specs] if isinstance(specs, str) else specs:
+    for given in listed(specs):
+        spec = plain(given)
         if spec in sources:
-            raise PlauditError(f"reward {spec!r} is named twice: name it once, with a weight.")
+            raise PlauditError(
+                f"reward {spec!r} is named twice: name it once, with a weight, and give two functions two names."
+            )
         kind, _, rest = spec.partition(":")
-        if kind == "count":
+        if not isinstance(given, str):
+            sources[spec] = given
+        elif kind == "count":
             sources[spec] = CountReward(rest)
         elif kind == "label":
             label, _, model = rest.partition("@")

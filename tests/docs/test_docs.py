@@ -99,6 +99,7 @@ def supplies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.lines(folder / "judged.jsonl", [row | said for row, said in zip(judged, judges, strict=True)])
     for store in ("answers.db", "labels.db"):
         take_in(Import(data=str(folder / "comparisons.jsonl"), output=str(folder / store), by="ann"))
+    tiny.classifier(folder / "sentiment", ("NEGATIVE", "POSITIVE"))
     (folder / "book.txt").write_text("All is well, very well, and all will be well.\n" * 40)
     return folder
 

@@ -659,10 +659,10 @@ def test_another_store_is_taken_in_as_it_is(study, tmp_path):
     with Store.read(study) as store:
         labels = store.labels()
     given = Import(data=(str(study), str(tmp_path / "more.jsonl")), output=str(target), by="ann")
-    assert take_in(given) == len(labels) + 1
+    assert take_in(given).new == len(labels) + 1
     with Store.read(target) as store:
         assert store.labels()[:-1] == labels
-    assert take_in(given) == 0
+    assert take_in(given).new == 0
     with pytest.raises(PlauditError, match=r"gone\.db: records are read from \.jsonl"):
         take_in(Import(data=str(tmp_path / "gone.db"), output=str(target)))
 

@@ -12,14 +12,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2] / "src" / "plaudit"
 FLOORS = {
-    0: "errors records pairing rows config settings run checks machine feedback statistics __init__",
+    0: "errors records memory pairing rows config settings run checks machine feedback statistics __init__",
     1: "batch numerics losses advantages preferences offline_losses",
     2: "templates data attention layout layers fused backbone reference heads policy loading decoding slots sampler "
     "rewards sources world scratch seq2seq speed budget",
     3: "algorithms comparing asking",
     4: "checkpoint trainer hooks",
     5: "families recipes inference pipeline explain outcome report cli bench "
-    "people feedback_report labelling versus looping loop_plan loop_page",
+    "trl_arguments trl_shapes people feedback_report labelling versus looping loop_plan loop_page",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 CONFINED = {

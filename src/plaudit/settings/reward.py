@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Lt
 
-from plaudit.settings.common import Count, NotNegative, Positive, Training
+from plaudit.settings.common import Count, Names, NotNegative, Positive, Training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Reward(Training):
     """Ratings whose means differ by less make no pair."""
     report_gap: NotNegative = 1.0
     """Held-out accuracy on ratings counts the pairs whose means differ by at least this."""
-    normalise_on: str | tuple[str, ...] | None = None
+    normalise_on: Names | None = None
     """Demonstrations whose mean score is 0 in the model that is saved."""
     normalise_scale: bool = False
     """Scores have standard deviation 1 too, over `normalise_on`, or mean 0 and deviation 1 over the training texts."""

@@ -8,6 +8,7 @@ from typing import Annotated
 from annotated_types import Ge, Gt, Le
 
 from plaudit.settings.common import Common, Count, CountOrNone, NotNegative
+from plaudit.settings.rewards import SeveralSources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +29,13 @@ class Sampling:
 class Sample(Sampling, Common):
     """Completions of prompts, into JSON lines or the terminal."""
 
-    data: str | tuple[str, ...] | None = None  # type: ignore[assignment]
+    data: str | tuple[str, ...] | None = None
     """Prompts; without them the terminal asks for one after the other."""
     output: str = "samples.jsonl"
     """JSON lines with `prompt`, `completion`, `truncated`."""
     n: Count = 1
     """Completions of each prompt."""
-    best_of: tuple[str, ...] = ()
+    best_of: SeveralSources = ()
     """Rewards, as algorithms take them: only the best of the `n` completions is kept, with its `score`, their sum."""
     limit: CountOrNone = 0
     """Only the first so many prompts; 0 takes all."""
