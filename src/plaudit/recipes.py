@@ -197,12 +197,12 @@ def _held_out(records: list[Any], share: float) -> tuple[list[Any], list[Any]]:
 
 def described_by(settings: Training) -> Scratch | None:
     """The model that the settings describe, if it is one to begin from scratch. Raises PlauditError."""
-    return described(settings.model) if isinstance(settings, SFT) else None
+    return described(settings.model) if isinstance(settings, SFT | Reward) else None
 
 
 def _within_context(settings: Any, shape: Scratch) -> Any:
     """The settings with no more tokens in a row than the model is going to read."""
-    if settings.overlap >= shape.context:
+    if getattr(settings, "overlap", 0) >= shape.context:
         raise PlauditError(f"overlap ({settings.overlap}) must be less than the model's context ({shape.context}).")
     return dataclasses.replace(settings, max_tokens=min(settings.max_tokens, shape.context))
 
