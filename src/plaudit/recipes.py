@@ -48,7 +48,7 @@ def train(settings: Training) -> Run:
         world = start_world(settings) if size > 1 else None
         if run.finished if world is None else world.share(run.finished):
             if rank == 0:
-                _say(f"{run.folder}: already complete.")
+                say(f"{run.folder}: already complete.")
             return run
         _fit(settings, loaded, run, world)
         return run
@@ -60,7 +60,7 @@ def _train_members(settings: Reward) -> Run:
     with opened(settings, FREE) if rank == 0 else Run(Path(settings.output), -1) as whole:
         if whole.finished:
             if rank == 0:
-                _say(f"{whole.folder}: already complete.")
+                say(f"{whole.folder}: already complete.")
             return whole
         own: dict[str, Any] = {"members": 1, "bootstrap": True, "normalise_scale": True}
         summaries = []
@@ -165,7 +165,7 @@ def prepare(settings: Training) -> tuple[Training, Data]:
         checks.check_data(settings.normalise_on)
         kind = type(loaded.training[0]).__name__.lower()
         checks.check_reward(settings, kind, [getattr(record, "ratings", ()) for record in loaded.training])
-    return dataclasses.replace(settings, model=sources.resolve(settings.model, _say)), loaded
+    return dataclasses.replace(settings, model=sources.resolve(settings.model, say)), loaded
 
 
 def load_records(settings: Training) -> Data:
@@ -183,7 +183,10 @@ def load_records(settings: Training) -> Data:
         training, held = _held_out(records, settings.holdout)
     if not training:
         raise PlauditError(f"data: nothing is left to train on with holdout {settings.holdout}: lower it.")
-    return Data(training, held[: settings.eval_limit], notes)
+    chosen = data.fraction(training, settings.train_fraction, settings.seed)
+    if len(chosen) < len(training):
+        notes = [*notes, f"{len(chosen)} of {len(training)} rows are learned from (train_fraction)."]
+    return Data(chosen, held[: settings.eval_limit], notes)
 
 
 def _held_out(records: list[Any], share: float) -> tuple[list[Any], list[Any]]:
@@ -260,7 +263,8 @@ def listed(value: str | tuple[str, ...]) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-def _say(message: str) -> None:
+def say(message: str) -> None:
+    """`hooks.tell`, which loads only when there is something to tell."""
     from plaudit.hooks import tell
 
     tell(message)
@@ -304,7 +308,9 @@ def encode(settings: Training, template: Template, loaded: Data) -> Data:
     leaves nothing to train on."""
     family = family_of(settings)
     limit = getattr(settings, family.limit)
-    training, held = (family.cut(settings, family.encode(part, template)) for part in (loaded.training, loaded.held))
+    training, held = (
+        family.cut(settings, family.encode(part, template), template) for part in (loaded.training, loaded.held)
+    )
     training, notes = data.within(training, len, limit, family.unit)
     held, more = data.within(held[: settings.eval_limit], len, limit, f"held-out {family.unit}", needed=False)
     return Data(training, held, loaded.notes + notes + more)

@@ -53,6 +53,8 @@ class Training(Common):
     """Share of the prompts that is held out when there is no `eval_data`."""
     eval_limit: Count = 512
     """At most so many held-out rows are looked at."""
+    train_fraction: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Share of the training rows that is learned from, drawn by the seed; a smaller one is part of a larger one."""
     batch_size: Count = 64
     """Rows (or pairs) that one optimizer step sees, over all processes."""
     tokens_per_pass: CountOrNone = 0
