@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from plaudit.world import World
 
 # What may change between the beginning of a run and its going on: nothing that the numbers depend on.
-FREE = ("output", "device", "threads", "log_every", "keep", "save_every", "track")
+FREE = ("output", "device", "threads", "log_every", "keep", "save_every", "track", "track_project")
 
 # In the run folder: what the machine decided when the run began.
 FOUND = "machine.json"

@@ -93,5 +93,7 @@ class Training(Common):
     """Checkpoints that are kept."""
     track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Also log to a tracker."""
+    track_project: str = "plaudit"
+    """Project of `wandb` or `trackio` in which the run appears, under the name of its folder."""
     on_nan: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite never reaches the weights: stop the run, or skip the step."""
