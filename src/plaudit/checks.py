@@ -100,7 +100,8 @@ def check_model(name: str) -> None:
     """
     if name.startswith(SCRATCH):
         raise PlauditError(
-            f"model: only `sft` begins from scratch: train {name!r:.60} with it, and give its `final` folder here."
+            f"model: only `sft` and `reward` begin from scratch: train {name!r:.60} with one of them, and give its "
+            "`final` folder here."
         )
     folder = Path(name)
     if read_config(name) and not any((folder / file).is_file() for file in _TOKENIZER_FILES):

@@ -14,7 +14,7 @@ import numpy as np
 from plaudit import records
 from plaudit.checks import LINES, TABLES, TEXT, names_of
 from plaudit.errors import PlauditError
-from plaudit.records import Demonstration, Loaded, Text
+from plaudit.records import Demonstration, Loaded, Prompt, Text
 
 R = TypeVar("R")
 
@@ -104,6 +104,32 @@ def hold_out_end(text: Demonstration, share: float) -> tuple[list[Demonstration]
     parts = (replace(text, completion=part) for part in (text.completion[:cut], text.completion[cut:]))
     training, held = ([part] if part.completion else [] for part in parts)
     return training, held
+
+
+def fraction(items: Sequence[R], share: float, seed: int) -> list[R]:
+    """A share of the items, drawn by the seed and in their order. What a smaller share holds, a larger one holds too.
+
+    Raises PlauditError if that is none of them.
+    """
+    count = int(share * len(items) + 1e-9)  # 0.29 of 100 are 29
+    if not count:
+        raise PlauditError(f"train_fraction: {share:g} of {len(items)} rows is none: raise it.")
+    return [items[i] for i in sorted(np.random.default_rng(seed).permutation(len(items))[:count])]
+
+
+def long_enough(prompts: Sequence[Prompt], characters: int, name: str) -> tuple[list[Prompt], list[str]]:
+    """Prompts of at least so many characters, and a sentence about the others. Raises PlauditError, naming the setting
+    that the data come from, if none is left."""
+
+    def length(text: Text) -> int:
+        return len(text) if isinstance(text, str) else sum(len(turn["content"]) for turn in text)
+
+    kept = [prompt for prompt in prompts if length(prompt.prompt) >= characters]
+    if not kept:
+        raise PlauditError(f"{name}: every prompt has fewer than {characters} characters: lower min_prompt_characters.")
+    dropped = len(prompts) - len(kept)
+    told = f"{dropped} of {len(prompts)} prompts have fewer than {characters} characters and are left out."
+    return kept, [told] if dropped else []
 
 
 class Order:

@@ -16,6 +16,7 @@ from plaudit.settings import ILQL, PPO, SFT, Reward, preference
 from plaudit.settings.common import Training
 from plaudit.settings.online import BestOfN, OnlineDPO
 from plaudit.settings.policy_gradient import CISPO, DAPO, GRPO, GSPO, RLOO, VPG, DrGRPO, OnPolicy, ReinforcePP
+from plaudit.settings.sampling import Asking
 
 if TYPE_CHECKING:
     from plaudit.algorithms.base import Algorithm
@@ -37,7 +38,7 @@ class Family:
     record   settings -> the kind of record that is read
     encode   records -> items, whose `len` is in tokens
     figures  what the run's summary says beside its cost
-    cut      settings and items -> items, where some are to be cut before their length is looked at
+    cut      settings, items, template -> items, where some are to be cut before their length is looked at
     convert  settings, records, and the setting that names these -> records in the form that is learned from, and
              sentences about what was left out
     """
@@ -48,7 +49,7 @@ class Family:
     encode: Callable[[list[Any], Template], list[Any]]
     build: Build
     figures: Callable[[Any, Run], dict[str, Any]]
-    cut: Callable[[Any, list[Any]], list[Any]] = lambda settings, items: items
+    cut: Callable[[Any, list[Any], Template], list[Any]] = lambda settings, items, template: items
     convert: Callable[[Any, list[Any], str], tuple[list[Any], list[str]]] = lambda _, records, name: (records, [])
 
 
@@ -74,7 +75,7 @@ def _demonstrated(records: list[Demonstration], template: Template) -> list[Any]
     return [template.encode(record.prompt, record.completion) for record in records]
 
 
-def _cut(settings: SFT, items: list[Any]) -> list[Any]:
+def _cut(settings: SFT, items: list[Any], template: Template) -> list[Any]:
     """Whole texts as windows; with `learn: all`, everything is a whole text."""
     if settings.learn == "all":
         items = [item.learned_whole() for item in items]
@@ -109,6 +110,20 @@ def asked_of(records: list[Prompt], template: Template) -> list[Asked]:
     from plaudit.algorithms.on_policy import Asked
 
     return [Asked(record, template.prompt(record.prompt)) for record in records]
+
+
+def _long_enough(settings: Asking, records: list[Prompt], name: str) -> tuple[list[Prompt], list[str]]:
+    return data.long_enough(records, settings.min_prompt_characters, name)
+
+
+def shortened(settings: Asking, asked: list[Asked], template: Template) -> list[Asked]:
+    """Prompts cut as `prompt_tokens` says. Raises PlauditError for a conversation, which cannot be cut."""
+    if not settings.prompt_tokens:
+        return asked
+    from numpy.random import default_rng
+
+    counts = default_rng(settings.seed).integers(*settings.prompt_tokens, len(asked), endpoint=True).tolist()
+    return [item.first(count, template) for item, count in zip(asked, counts, strict=True)]
 
 
 def _judged(records: list[Any], template: Template) -> list[Any]:
@@ -380,5 +395,7 @@ FAMILIES: dict[type, Family] = {
     preference.KTO: _SINGLE,
     preference.BCO: _SINGLE,
     preference.RRHF: _RANKED,
-    OnPolicy: Family("prompt", "max_prompt_tokens", lambda _: Prompt, asked_of, _on_policy, _reached),
+    OnPolicy: Family(
+        "prompt", "max_prompt_tokens", lambda _: Prompt, asked_of, _on_policy, _reached, shortened, _long_enough
+    ),
 }

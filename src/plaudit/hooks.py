@@ -80,7 +80,8 @@ class Logging:
     """metrics.jsonl, samples.jsonl, and a tracker if one was asked for."""
 
     def begin(self, trainer: Trainer) -> None:
-        self.tracker = Tracker(trainer.settings.track if trainer.world.is_main else "none", trainer.run.folder)
+        kind = trainer.settings.track if trainer.world.is_main else "none"
+        self.tracker = Tracker(kind, trainer.run.folder, trainer.settings.track_project)
 
     def after_step(self, trainer: Trainer) -> None:
         samples, trainer.algorithm.shown = trainer.algorithm.shown, []
@@ -101,7 +102,7 @@ class Logging:
 class Tracker:
     """TensorBoard, Weights & Biases or trackio, imported only when asked for. Raises PlauditError if not installed."""
 
-    def __init__(self, kind: str, folder: Path) -> None:
+    def __init__(self, kind: str, folder: Path, project: str) -> None:
         self.kind, self.client = kind, None
         if kind == "none":
             return
@@ -114,9 +115,9 @@ class Tracker:
             self.client = library.SummaryWriter(str(folder / "tensorboard"))
         else:
             self.client = (
-                library.init(project="plaudit", name=folder.name, dir=str(folder))
+                library.init(project=project, name=folder.name, dir=str(folder))
                 if kind == "wandb"
-                else (library.init(project="plaudit", name=folder.name))
+                else (library.init(project=project, name=folder.name))
             )
 
     def log(self, step: int, figures: dict[str, float]) -> None:

@@ -6,18 +6,18 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plaudit import checks, config, data, machine, sources
 from plaudit.errors import PlauditError
-from plaudit.families import asked_of
-from plaudit.recipes import in_files, left_out, opened, start_world
+from plaudit.families import asked_of, shortened
+from plaudit.recipes import in_files, left_out, opened, say, start_world
 from plaudit.records import Loaded, Prompt
 from plaudit.run import Run, write_atomically
 from plaudit.settings import Evaluate, Sample
-from plaudit.settings.common import Common
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -44,7 +44,7 @@ def evaluate(settings: Evaluate) -> Run:
     if settings.ilql_beta:
         checks.check_guidance(list(named.values()))
     checks.check_rewards([*checks.listed(settings.rewards), *checks.listed(settings.judge or ())])
-    prompts = data.load(settings.data, Prompt, settings.split)
+    prompts = _prompts(settings)
     with opened(settings, ("output", "device")) as run:
         if not run.finished:
             machine.forget_peak()
@@ -64,7 +64,7 @@ def sample(settings: Sample) -> Path | None:
     checks.check_rewards(settings.best_of)
     if settings.best_of and settings.n == 1:
         raise PlauditError("best_of: there is one completion of each prompt and nothing to choose from: raise n.")
-    prompts = None if settings.data is None else data.load(settings.data, Prompt, settings.split)
+    prompts = None if settings.data is None else _prompts(settings)
     if prompts is not None and Path(settings.output).exists():
         raise PlauditError(f"output: {settings.output} exists already: name another file, or remove it.")
     from plaudit.comparing import load
@@ -92,11 +92,23 @@ def _named(policies: Sequence[str]) -> dict[str, str]:
     return named
 
 
-def _asked(settings: Common, template: Template, loaded: Loaded[Prompt], chosen: list[Prompt]) -> list[Asked]:
+def _prompts(settings: Evaluate | Sample) -> Loaded[Prompt]:
+    """The prompts in `data` that are long enough; the terminal is told of the others. Raises PlauditError."""
+    loaded = data.load(settings.data, Prompt, settings.split)
+    kept, notes = data.long_enough(loaded.records, settings.min_prompt_characters, "data")
+    for note in notes:
+        say(note)
+    return replace(loaded, records=kept)
+
+
+def _asked(
+    settings: Evaluate | Sample, template: Template, loaded: Loaded[Prompt], chosen: list[Prompt]
+) -> list[Asked]:
     """Prompts as token ids; the terminal is told what was left out."""
     from plaudit.hooks import tell
 
-    asked, notes = data.within(asked_of(chosen, template), len, settings.max_prompt_tokens, "prompt")
+    asked = shortened(settings, asked_of(chosen, template), template)
+    asked, notes = data.within(asked, len, settings.max_prompt_tokens, "prompt")
     for note in (*left_out(loaded), *notes):
         tell(note)
     return asked

@@ -12,7 +12,7 @@ from typing import Any
 from plaudit import checks, config, machine, sources
 from plaudit.errors import PlauditError
 from plaudit.run import Run, write_atomically
-from plaudit.settings import SFT, VERBS, Bench, Evaluate, Pull, Sample
+from plaudit.settings import SFT, VERBS, Bench, Evaluate, Pull, Reward, Sample
 from plaudit.settings.scratch import described
 
 _COST = ("seconds", "peak_memory_mb", "tokens_per_second")
@@ -130,7 +130,7 @@ def _look_ahead(stages: Mapping[str, Any], output: Path) -> None:
             for model in given(stage, "policies"):
                 checks.check_model(model.partition("=")[2] or model)
             for model in given(stage, "model"):
-                if not (isinstance(stage, SFT) and described(model)):
+                if not (isinstance(stage, SFT | Reward) and described(model)):
                     checks.check_model(model)
         except PlauditError as error:
             raise PlauditError(f"stage {name!r}: {error}") from None

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound=Common)
 
 # What may change between the beginning of a run and its going on: nothing that the numbers depend on.
-FREE = ("output", "device", "threads", "log_every", "keep", "save_every", "track")
+FREE = ("output", "device", "threads", "log_every", "keep", "save_every", "track", "track_project")
 
 # In the run folder: what the machine decided when the run began.
 FOUND = "machine.json"
@@ -51,7 +51,7 @@ def train(settings: Training) -> Run:
         world = start_world(settings) if size > 1 else None
         if run.finished if world is None else world.share(run.finished):
             if rank == 0:
-                _say(f"{run.folder}: already complete.")
+                say(f"{run.folder}: already complete.")
             return run
         _fit(settings, loaded, run, world)
         return run
@@ -80,7 +80,7 @@ def _train_members(settings: Reward) -> Run:
     with opened(settings, FREE) if rank == 0 else Run(Path(settings.output), -1) as whole:
         if whole.finished:
             if rank == 0:
-                _say(f"{whole.folder}: already complete.")
+                say(f"{whole.folder}: already complete.")
             return whole
         own: dict[str, Any] = {"members": 1, "bootstrap": True, "normalise_scale": True}
         summaries = []
@@ -185,7 +185,7 @@ def prepare(settings: Training) -> tuple[Training, Data]:
         checks.check_data(settings.normalise_on)
         kind = type(loaded.training[0]).__name__.lower()
         checks.check_reward(settings, kind, [getattr(record, "ratings", ()) for record in loaded.training])
-    return dataclasses.replace(settings, model=sources.resolve(settings.model, _say)), loaded
+    return dataclasses.replace(settings, model=sources.resolve(settings.model, say)), loaded
 
 
 def load_records(settings: Training) -> Data:
@@ -203,7 +203,10 @@ def load_records(settings: Training) -> Data:
         training, held = _held_out(records, settings.holdout)
     if not training:
         raise PlauditError(f"data: nothing is left to train on with holdout {settings.holdout}: lower it.")
-    return Data(training, held[: settings.eval_limit], notes)
+    chosen = data.fraction(training, settings.train_fraction, settings.seed)
+    if len(chosen) < len(training):
+        notes = [*notes, f"{len(chosen)} of {len(training)} rows are learned from (train_fraction)."]
+    return Data(chosen, held[: settings.eval_limit], notes)
 
 
 def _held_out(records: list[Any], share: float) -> tuple[list[Any], list[Any]]:
@@ -217,12 +220,12 @@ def _held_out(records: list[Any], share: float) -> tuple[list[Any], list[Any]]:
 
 def described_by(settings: Training) -> Scratch | None:
     """The model that the settings describe, if it is one to begin from scratch. Raises PlauditError."""
-    return described(settings.model) if isinstance(settings, SFT) else None
+    return described(settings.model) if isinstance(settings, SFT | Reward) else None
 
 
 def _within_context(settings: Any, shape: Scratch) -> Any:
     """The settings with no more tokens in a row than the model is going to read."""
-    if settings.overlap >= shape.context:
+    if getattr(settings, "overlap", 0) >= shape.context:
         raise PlauditError(f"overlap ({settings.overlap}) must be less than the model's context ({shape.context}).")
     return dataclasses.replace(settings, max_tokens=min(settings.max_tokens, shape.context))
 
@@ -275,7 +278,8 @@ def left_out(loaded: Loaded[Any]) -> list[str]:
     ]
 
 
-def _say(message: str) -> None:
+def say(message: str) -> None:
+    """`hooks.tell`, which loads only when there is something to tell."""
     from plaudit.hooks import tell
 
     tell(message)
@@ -319,7 +323,9 @@ def encode(settings: Training, template: Template, loaded: Data) -> Data:
     leaves nothing to train on."""
     family = family_of(settings)
     limit = getattr(settings, family.limit)
-    training, held = (family.cut(settings, family.encode(part, template)) for part in (loaded.training, loaded.held))
+    training, held = (
+        family.cut(settings, family.encode(part, template), template) for part in (loaded.training, loaded.held)
+    )
     training, notes = data.within(training, len, limit, family.unit)
     held, more = data.within(held[: settings.eval_limit], len, limit, f"held-out {family.unit}", needed=False)
     return Data(training, held, loaded.notes + notes + more)

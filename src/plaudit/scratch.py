@@ -12,13 +12,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from plaudit.errors import PlauditError
-from plaudit.records import Demonstration
+from plaudit.records import Comparison, Demonstration, Ranking, Rating
 from plaudit.settings.scratch import Scratch
 
 END, UNKNOWN = "<|end|>", "<|unknown|>"
 
+Written = Demonstration | Comparison | Ranking | Rating
 
-def make(shape: Scratch, records: Sequence[Demonstration], seed: int, folder: Path) -> None:
+
+def make(shape: Scratch, records: Sequence[Written], seed: int, folder: Path) -> None:
     """Writes `folder/initial`, a model and a tokenizer that `from_pretrained` opens.
 
     The same shape, records and seed give the same bytes. A run that has checkpoints keeps the folder it began with.
@@ -48,10 +50,14 @@ def _contents(folder: Path) -> dict[str, bytes | None]:
     return {path.name: path.read_bytes() if path.is_file() else None for path in folder.iterdir()}
 
 
-def texts_of(records: Iterable[Demonstration]) -> Iterator[str]:
+def texts_of(records: Iterable[Written]) -> Iterator[str]:
     """Every text of the records, those of conversations turn by turn."""
     for record in records:
-        for text in (record.prompt, record.completion):
+        if isinstance(record, Comparison):
+            answers = [record.chosen, record.rejected]
+        else:
+            answers = list(record.completions) if isinstance(record, Ranking) else [record.completion]
+        for text in (record.prompt, *answers):
             yield from [text] if isinstance(text, str) else (turn["content"] for turn in text)
 
 

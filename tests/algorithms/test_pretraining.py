@@ -219,7 +219,7 @@ def test_what_makes_no_sense_is_told(tmp_path):
         recipes.prepare(pretraining(tmp_path, overlap=64))
     with pytest.raises(ValueError, match=r"`overlap` \(9\) must be less than `max_tokens` \(9\)"):
         pretraining(tmp_path, overlap=9, max_tokens=9)
-    with pytest.raises(PlauditError, match="model: only `sft` begins from scratch: train 'scratch:llama' with it, and"):
+    with pytest.raises(PlauditError, match="model: only `sft` and `reward` begin from scratch: train 'scratch:llama'"):
         recipes.prepare(VPG(model="scratch:llama", data=str(tmp_path / "play.txt"), rewards="count:h"))
 
 

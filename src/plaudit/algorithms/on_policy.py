@@ -38,6 +38,18 @@ class Asked:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def first(self, count: int, template: Template) -> Asked:
+        """The same prompt, cut to the first `count` tokens of its text. Raises PlauditError for a conversation."""
+        if not isinstance(self.record.prompt, str):
+            raise PlauditError(
+                f"prompt_tokens: the prompt at {self.where} is a conversation, which cannot be cut: take data of plain "
+                "text, or leave prompt_tokens out."
+            )
+        kept = self.ids[: len(template.opening) + count]
+        if len(kept) + len(template.closing) >= len(self.ids):
+            return self
+        return Asked(replace(self.record, prompt=template.decode(kept)), kept + template.closing)
+
 
 @dataclass(frozen=True)
 class Completion:

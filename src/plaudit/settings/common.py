@@ -57,6 +57,8 @@ class Training(Common):
     """Share of the prompts that is held out when there is no `eval_data`."""
     eval_limit: Count = 512
     """At most so many held-out rows are looked at."""
+    train_fraction: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Share of the training rows that is learned from, drawn by the seed; a smaller one is part of a larger one."""
     batch_size: Count = 64
     """Rows (or pairs) that one optimizer step sees, over all processes."""
     tokens_per_pass: CountOrNone = 0
@@ -95,5 +97,7 @@ class Training(Common):
     """Checkpoints that are kept."""
     track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Also log to a tracker."""
+    track_project: str = "plaudit"
+    """Project of `wandb` or `trackio` in which the run appears, under the name of its folder."""
     on_nan: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite never reaches the weights: stop the run, or skip the step."""

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from plaudit.settings.common import Common, Count, NotNegative
 from plaudit.settings.rewards import RewardSource, RewardSources
-from plaudit.settings.sampling import Sampling
+from plaudit.settings.sampling import Asking, Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Sampling, RewardSources, Common):
+class Evaluate(Asking, Sampling, RewardSources, Common):
     """Two or more policies on the same prompts: reward, independent judge, win rate, KL, diversity, fluency."""
 
     model: str = ""

@@ -9,14 +9,14 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from plaudit.settings.common import Count, CountOrNone, NotNegative, Positive, Share, Training
 from plaudit.settings.rewards import ShapedRewards
-from plaudit.settings.sampling import Sampling
+from plaudit.settings.sampling import Asking, Sampling
 
 Several = Annotated[int, Ge(2)]
 Part = Annotated[float, Ge(0), Lt(1)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnPolicy(Sampling, ShapedRewards, Training):
+class OnPolicy(Asking, Sampling, ShapedRewards, Training):
     """What every algorithm that learns from its own samples takes."""
 
     eval_limit: Count = 64

@@ -8,12 +8,16 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Lt
 
 from plaudit.settings.common import Count, Names, NotNegative, Positive, Training
+from plaudit.settings.scratch import Describable
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reward(Training):
     """A reward model from comparisons, rankings or ratings."""
 
+    model: Annotated[str, Describable()]
+    """Hugging Face folder or Hub name, or `scratch:gpt2:layers=4,width=128` for random weights and a tokenizer made
+    from the data; `smollm2-135m-instruct` is pulled from the package index."""
     output: str = "runs/reward"
     """Run folder."""
     max_tokens: Count = 1024

@@ -12,6 +12,23 @@ from plaudit.settings.rewards import SeveralSources
 
 
 @dataclass(frozen=True, kw_only=True)
+class Asking:
+    """Which prompts of the data are asked, and how much of each."""
+
+    min_prompt_characters: CountOrNone = 0
+    """Prompts of fewer characters are left out and counted."""
+    prompt_tokens: tuple[int, ...] = ()
+    """Cut each prompt to its first tokens; how many is drawn by the seed between these two numbers, both included."""
+
+    def __post_init__(self) -> None:
+        given = list(self.prompt_tokens)
+        if given and not (len(given) == 2 and min(given) >= 1):
+            raise ValueError(f"`prompt_tokens` is {given}: give two numbers of tokens, as in [2, 7].")
+        if given != sorted(given):
+            raise ValueError(f"`prompt_tokens` is {given}: give the smaller number first.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How completions are drawn."""
 
@@ -26,7 +43,7 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample(Sampling, Common):
+class Sample(Asking, Sampling, Common):
     """Completions of prompts, into JSON lines or the terminal."""
 
     data: str | tuple[str, ...] | None = None
