@@ -112,8 +112,8 @@ CASES = {
     "sft --data good.jsonl --model scratch:gpt2:context=8 --overlap 8": "overlap (8) must be less than the model's "
     "context (8).",
     "sft --config shape.yaml": "model: `scratch` has no setting `layer`; the nearest is `layers`.",
-    "sample --data good.jsonl --model scratch:llama": "model: only `sft` begins from scratch: train 'scratch:llama' "
-    "with it, and give its `final` folder here.",
+    "sample --data good.jsonl --model scratch:llama": "model: only `sft` and `reward` begin from scratch: train "
+    "'scratch:llama' with one of them, and give its `final` folder here.",
     "run shapes.yaml": "stage 'sft': data: there is no file 'nowhere.txt'.",
     SFT + "good.jsonl --overlap 1024": "`overlap` (1024) must be less than `max_tokens` (1024).",
     # settings
