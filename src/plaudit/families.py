@@ -38,8 +38,8 @@ class Family:
     encode   records -> items, whose `len` is in tokens
     figures  what the run's summary says beside its cost
     cut      settings and items -> items, where some are to be cut before their length is looked at
-    convert  settings, records, and the setting that names these -> records in the form that is learned from, and
-             sentences about what was left out
+    convert  settings, records, and the setting that names these, "" where they may come to nothing -> records in the
+             form that is learned from, and sentences about what was left out
     """
 
     unit: str

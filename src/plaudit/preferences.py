@@ -6,8 +6,9 @@ pairs, summed over the tokens of an answer unless said otherwise. `preference` p
 people who prefer `chosen`: 1 as a rule, 1/2 for a tie. Where a loss takes it, the loss is what is expected of a person
 drawn at random, or the paper's own soft form.
 
-The statistics of pairs: chosen_reward and rejected_reward, the implicit rewards beta * log-ratio; margin, by how much
-the side that people preferred leads; accuracy, whether it does (1/2 where either knows no difference).
+The statistics of pairs: chosen_reward and rejected_reward, the implicit rewards beta * log-ratio of the side that
+people preferred and of the other (of a tie, both their mean); margin, by how much the preferred side leads; accuracy,
+whether it does (1/2 where either knows no difference).
 """
 
 from __future__ import annotations
@@ -287,11 +288,12 @@ def pair_figures(chosen: Tensor, rejected: Tensor, preference: Preferred = 1.0) 
     chosen, rejected = chosen.detach(), rejected.detach()
     lead = chosen - rejected
     side = torch.sign(torch.as_tensor(preference, dtype=lead.dtype, device=lead.device).expand_as(lead) - 0.5)
+    half, middle = lead * side / 2, (chosen + rejected) / 2
     return {
         "accuracy": ((1 + torch.sign(lead) * side) / 2).sum(),
         "margin": (lead * side).sum(),
-        "chosen_reward": chosen.sum(),
-        "rejected_reward": rejected.sum(),
+        "chosen_reward": (middle + half).sum(),
+        "rejected_reward": (middle - half).sum(),
     }
 
 

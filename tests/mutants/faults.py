@@ -28,6 +28,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "trainer.py": (UNIT + "test_trainer.py", RUNS + "test_invariances.py", RUNS + "test_sft.py"),
     "rewards.py": (UNIT + "test_rewards.py",),
     "pairing.py": (UNIT + "test_pairing.py",),
+    "turns.py": (UNIT + "test_turns.py",),
     "reference.py": (RUNS + "test_preference.py",),
     "algorithms/sft.py": (RUNS + "test_sft.py",),
     "algorithms/online.py": (RUNS + "test_online.py",),
@@ -39,7 +40,11 @@ TESTS: dict[str, tuple[str, ...]] = {
         RUNS + "test_policy_gradient.py",
     ),
     "algorithms/ppo.py": (RUNS + "test_ppo.py",),
-    "algorithms/preference.py": (RUNS + "test_preference_objectives.py", RUNS + "test_preference.py"),
+    "algorithms/preference.py": (
+        RUNS + "test_preference_objectives.py",
+        RUNS + "test_soft_pairs.py",
+        RUNS + "test_preference.py",
+    ),
     "algorithms/reward.py": (RUNS + "test_reward.py",),
     "algorithms/unpaired.py": (RUNS + "test_preference.py",),
     "algorithms/reward_objectives.py": (RUNS + "test_reward_objectives.py",),
@@ -547,9 +552,19 @@ FAULTS = [
     Fault(
         "CPO imitates the rejected",
         "algorithms/preference.py",
-        "imitation = -self.averages(logprobs, batch)[0::2].sum()",
-        "imitation = -self.averages(logprobs, batch)[1::2].sum()",
+        "imitation = -(batch.targets * self.averages(logprobs, batch)).sum()",
+        "imitation = -((1 - batch.targets) * self.averages(logprobs, batch)).sum()",
     ),
+    Fault(
+        "CPO imitates whatever stands first",
+        "algorithms/preference.py",
+        "imitation = -(batch.targets * self.averages(logprobs, batch)).sum()",
+        "imitation = -self.averages(logprobs, batch)[0::2].sum()",
+    ),
+    Fault(
+        "a prompt that ends inside a word", "turns.py", 'r"[^\\S\\n]*\\S*\\Z", "", first', 'r"[^\\S\\n]*\\Z", "", first'
+    ),
+    Fault("the space stays with the prompt", "turns.py", 'r"[^\\S\\n]*\\S*\\Z", "", first', 'r"\\S*\\Z", "", first'),
     Fault(
         "KTO's baseline may be negative",
         "algorithms/unpaired.py",

@@ -307,11 +307,13 @@ class OptimalTransport(Paired):
 
 
 class ContrastivePreference(Paired):
-    """CPO, see `preferences.cpo`, and imitation of the chosen answer, averaged over its tokens."""
+    """CPO, see `preferences.cpo`, and imitation of the chosen answer, averaged over its tokens: of each answer of a
+    pair, by as many people as preferred it."""
 
     def objective(self, logprobs: Tensor, batch: Batch) -> tuple[Tensor, Stats]:
+        assert batch.targets is not None
         total, stats = super().objective(logprobs, batch)
-        imitation = -self.averages(logprobs, batch)[0::2].sum()
+        imitation = -(batch.targets * self.averages(logprobs, batch)).sum()
         return total + self.settings.sft_weight * imitation, stats | {"chosen_nll": imitation.detach()}
 
     def read(self, logprobs: Tensor, batch: Batch) -> Tensor:
