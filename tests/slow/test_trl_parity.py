@@ -2,8 +2,7 @@
 
 What is compared runs through the algorithms themselves wherever TRL's counterpart is one method; only the numbers that
 a model would give are made up. Where the two define something differently, a test states the difference as an identity:
-TRL adds 1e-4 to the spread of a group, whitens by the unbiased variance, squares the sum of a pair's scores to centre
-them, and averages the imitation in CPO and ORPO over all tokens instead of answer by answer, in ORPO over those of the
+TRL adds 1e-4 to the spread of a group, whitens by the unbiased variance, and averages the imitation in CPO and ORPO over all tokens instead of answer by answer, in ORPO over those of the
 prompts too. The last two agree for chosen answers of one length, in ORPO after prompts of one token.
 
 Only plaudit has, so that nothing can be compared:
@@ -379,11 +378,8 @@ def test_reward(name: str, recent: Any) -> None:
     margins = torch.tensor(asked["margin"], dtype=torch.float64) * options["margin"]
     targets = torch.stack([torch.tensor([1.0, 0.0]).repeat(count), torch.stack([margins, -margins], 1).flatten()], 1)
     batch = Batch(**{**batch.tensors(), "targets": targets})
-    # TRL centres by the square of a pair's sum, which is twice the sum of its squares less the square of its gap.
-    theirs = options["centering"] or 0.0
-    own = algorithm(reward.FromComparisons, verbs.Reward(centering=4 * theirs, **COMMON))
-    gaps = (scores[0::2] - scores[1::2]).square().mean()
-    loss = own.judge(batch, scores)[0] / own.weight(batch) - theirs * gaps
+    own = algorithm(reward.FromComparisons, verbs.Reward(centering=options["centering"] or 0.0, **COMMON))
+    loss = own.judge(batch, scores)[0] / own.weight(batch)
     loss.backward()
     same(loss.item(), answer["loss"])
     assert scores.grad is not None
