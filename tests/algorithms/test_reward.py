@@ -117,8 +117,7 @@ def test_rankings_prompt_by_prompt(at, tmp_path):
         pairs = [(i, j) for i, j in combinations(range(len(order)), 2) if order[i] != order[j]]
         if pairs:
             costs = [
-                slow(own[i] - own[j], float(order[i] < order[j]), 0.1) + 0.3 * (own[i] + own[j]) ** 2
-                for i, j in pairs
+                slow(own[i] - own[j], float(order[i] < order[j]), 0.1) + 0.3 * (own[i] + own[j]) ** 2 for i, j in pairs
             ]
             total += sum(costs) / len(costs)
     loss, _ = algorithm.loss(batch)
