@@ -261,7 +261,7 @@ def gamma_weight(
 
 
 def _by_side(good: Tensor, one: float, other: float, like: Tensor) -> Tensor:
-    return torch.where(good, one, other).to(like.dtype)
+    return torch.where(good, like.new_tensor(one), like.new_tensor(other))
 
 
 def _moved(logprobs: Tensor, old: Tensor, advantages: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
