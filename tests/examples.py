@@ -14,9 +14,12 @@ from plaudit import (
     GRPO,
     GSPO,
     ILQL,
+    LUSPO,
     PPO,
     RLOO,
+    SAPO,
     SFT,
+    VESPO,
     VPG,
     BestOfN,
     DrGRPO,
@@ -124,6 +127,9 @@ SAMPLED: dict[str, tuple[Any, dict[str, Any]]] = {
     "dapo": (DAPO, {"kl": 0.0, "kl_target": 0.0, "overlong": 0.5}),
     "gspo": (GSPO, {"kl_term": "reward", "train_layers": 1}),
     "cispo": (CISPO, {"kl_term": "straight_through", "clip_high": 0.1}),
+    "luspo": (LUSPO, {"kl": 0.0, "kl_target": 0.0}),
+    "sapo": (SAPO, {"temperature_bad": 2.0}),
+    "vespo": (VESPO, {"kl_term": "k2"}),
     "online_dpo": (OnlineDPO, {"label_smoothing": 0.1}),
     "best_of_n": (BestOfN, {"rollout": 16, "batch_size": 8}),
 }
@@ -168,7 +174,8 @@ def settings(kind: str, at: Path, output: Path, **changes: Any) -> Any:
     if kind in PREFERENCES:
         file = str(at / ("labels.jsonl" if kind == "bco" else "comparisons.jsonl"))
         data = {"data": file, "eval_data": file}
-        every = 2 if kind in ("dpo", "aot", "kto", "bco", "rrhf") else 0  # the others differ from dpo in a formula
+        told = kind in ("dpo", "aot", "bco_pair", "kto", "bco", "rrhf")  # the others differ from dpo in a formula
+        every = 2 if told else 0
         given = {"model": str(at / "dropping"), "batch_size": 4, "steps": 5, "evaluate_every": every, **data}
         given["tokens_per_pass"] = 96
         return PREFERENCES[kind](**{**common, **given, **PREFERRED.get(kind, {}), **changes})

@@ -80,6 +80,17 @@ def key_of(prompt: Text) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def asked(record: Any) -> Text:
+    """What tells on which side of a hold-out a record falls: its prompt or, where it has none, what was said, in
+    whichever order."""
+    if record.prompt:
+        prompt: Text = record.prompt
+        return prompt
+    said = [getattr(record, name) for name in ("completion", "chosen", "rejected") if hasattr(record, name)]
+    said += getattr(record, "completions", ())
+    return said[0] if len(said) == 1 else json.dumps(sorted(said, key=json.dumps))
+
+
 def hold_out(items: Sequence[R], share: float, prompt: Callable[[R], Text]) -> tuple[list[R], list[R]]:
     """(training, held out): whole prompts go to one side, by their hash, so that no prompt is on both and the same
     prompt always falls on the same side.

@@ -12,10 +12,10 @@ from plaudit import data, pairing, sources
 from plaudit.errors import PlauditError
 from plaudit.records import Comparison, Demonstration, Prompt, Ranking, Rating
 from plaudit.run import Run
-from plaudit.settings import ILQL, PPO, SFT, Reward, preference
+from plaudit.settings import ILQL, PPO, SFT, Reward, policy_gradient, preference
 from plaudit.settings.common import Training
 from plaudit.settings.online import BestOfN, OnlineDPO
-from plaudit.settings.policy_gradient import CISPO, DAPO, GRPO, GSPO, RLOO, VPG, DrGRPO, OnPolicy, ReinforcePP
+from plaudit.settings.policy_gradient import OnPolicy
 from plaudit.settings.sampling import Asking
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ class Family:
     encode   records -> items, whose `len` is in tokens
     figures  what the run's summary says beside its cost
     cut      settings, items, template -> items, where some are to be cut before their length is looked at
-    convert  settings, records, and the setting that names these -> records in the form that is learned from, and
-             sentences about what was left out
+    convert  settings, records, and the setting that names these, "" where they may come to nothing -> records in the
+             form that is learned from, and sentences about what was left out
     """
 
     unit: str
@@ -267,17 +267,21 @@ def on_policy_classes() -> dict[type, type[Algorithm]]:
     """The algorithm of each settings class that samples."""
     from plaudit.algorithms import online, ppo
     from plaudit.algorithms import policy_gradient as known
+    from plaudit.algorithms import weighed_ratios as weighed
 
     return {
         PPO: ppo.ProximalPolicyOptimisation,
-        VPG: known.VanillaPolicyGradient,
-        RLOO: known.LeaveOneOut,
-        ReinforcePP: known.ReinforcePlusPlus,
-        GRPO: known.GroupRelativePolicyOptimisation,
-        DrGRPO: known.GroupRelativeDoneRight,
-        DAPO: known.DynamicSampling,
-        GSPO: known.GroupSequencePolicyOptimisation,
-        CISPO: known.ClippedWeights,
+        policy_gradient.VPG: known.VanillaPolicyGradient,
+        policy_gradient.RLOO: known.LeaveOneOut,
+        policy_gradient.ReinforcePP: known.ReinforcePlusPlus,
+        policy_gradient.GRPO: known.GroupRelativePolicyOptimisation,
+        policy_gradient.DrGRPO: known.GroupRelativeDoneRight,
+        policy_gradient.DAPO: known.DynamicSampling,
+        policy_gradient.GSPO: known.GroupSequencePolicyOptimisation,
+        policy_gradient.CISPO: weighed.ClippedWeights,
+        policy_gradient.LUSPO: known.LengthUnbiased,
+        policy_gradient.SAPO: weighed.SoftAdaptive,
+        policy_gradient.VESPO: weighed.VariationalSequence,
         OnlineDPO: online.OnlineDirectPreference,
         BestOfN: online.BestOfSeveral,
     }
@@ -317,24 +321,28 @@ def _ilql(settings: ILQL, world: World, template: Template, *items: list[Any]) -
 def preference_classes() -> dict[type, type[Algorithm]]:
     """The algorithm of each settings class that learns from preferences."""
     from plaudit.algorithms import preference as paired
-    from plaudit.algorithms import unpaired
+    from plaudit.algorithms import transport, unpaired
 
     return {
         preference.DPO: paired.DirectPreference,
         preference.RobustDPO: paired.RobustDirectPreference,
+        preference.NormalisedDPO: paired.NormalisedDirectPreference,
         preference.IPO: paired.IdentityPreference,
         preference.AveragedIPO: paired.AveragedIdentityPreference,
         preference.Hinge: paired.HingePreference,
         preference.EXO: paired.EfficientExact,
         preference.NCA: paired.NoiseContrastive,
         preference.SPPO: paired.SelfPlayPreference,
-        preference.AOT: paired.OptimalTransport,
+        preference.AOT: transport.OptimalTransport,
+        preference.UnpairedAOT: transport.UnpairedOptimalTransport,
+        preference.PairedBCO: unpaired.PairedBinaryClassifier,
         preference.APOZero: paired.AnchoredZero,
         preference.APODown: paired.AnchoredDown,
         preference.DiscoPOP: paired.DiscoveredPreference,
         preference.RRHF: paired.RankResponses,
         preference.CPO: paired.ContrastivePreference,
         preference.SimPO: paired.SimplePreference,
+        preference.AlphaPO: paired.ShapedPreference,
         preference.ORPO: paired.OddsRatio,
         preference.KTO: unpaired.KahnemanTversky,
         preference.BCO: unpaired.BinaryClassifier,

@@ -163,8 +163,10 @@ def sequence_surrogate(
     clip: float | tuple[float, float],
     *,
     mean: bool,
+    share: Tensor | None = None,
 ) -> tuple[Tensor, Stats]:
-    """`clipped_surrogate` of whole sequences. The unit is a sequence; rows without actions are none.
+    """`clipped_surrogate` of whole sequences. The unit is a sequence, or `share` (B,) of one; rows without actions are
+    none.
 
     logprobs, old_logprobs (B, T), advantages (B, T) equal within a row. The ratio of a sequence is the product of its
     tokens' ratios, or with `mean` their geometric mean: Zheng et al. 2025 (arXiv:2507.18071), eq. 7.
@@ -176,7 +178,9 @@ def sequence_surrogate(
     whole = log_ratio.sum(1) / lengths if mean else log_ratio.sum(1)
     # A long sequence can move by more than a float holds; behind a clip, infinity times 0 would still be NaN.
     whole = whole.clamp(-20, 20)
-    loss, stats = _clipped(whole.exp(), gain.sum(1) / lengths, whole, actions.any(1), clip)
+    some = actions.any(1)
+    counted = some.to(whole.dtype)
+    loss, stats = _clipped(whole.exp(), gain.sum(1) / lengths, whole, some, clip, share=share, counted=counted)
     near = log_ratio.detach()
     return loss, stats | {"approx_kl": ((torch.expm1(near) - near).sum(1) / lengths).sum()}
 
@@ -204,6 +208,60 @@ def clipped_weight(
         "approx_kl": (torch.expm1(log_ratio.detach()) - log_ratio.detach()).sum(),
     }
     return -(weight * gain * chosen).sum(), stats
+
+
+def soft_gate(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    actions: Tensor,
+    temperatures: tuple[float, float],
+    share: Tensor,
+    counted: Tensor,
+) -> tuple[Tensor, Stats]:
+    """-(4 / t) sigmoid(t (ratio - 1)) * A of every action, t the first of `temperatures` where A > 0, else the second.
+    All tensors (B, T); the unit is `share` of an action. The slope to log pi is A where the ratio is 1, and fades on
+    either side of it. Qwen 2025 (SAPO, arXiv:2511.20347), eq. 5 to 7.
+
+    Statistics, in which an action counts as `counted` says: ratio, approx_kl.
+    """
+    log_ratio, gain = _moved(logprobs, old_logprobs, advantages, actions)
+    ratio = log_ratio.exp()
+    temperature = _by_side(gain > 0, *temperatures, like=ratio)
+    gate = 4 / temperature * torch.sigmoid(temperature * (ratio - 1))
+    near = log_ratio.detach()
+    stats = {"ratio": (near.exp() * counted).sum(), "approx_kl": ((torch.expm1(near) - near) * counted).sum()}
+    return -(gate * gain * share).sum(), stats
+
+
+def gamma_weight(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    actions: Tensor,
+    good: tuple[float, float],
+    bad: tuple[float, float],
+) -> tuple[Tensor, Stats]:
+    """-w^k exp(l - l w) * A * log pi of every action, w the ratio of its whole sequence, through which nothing flows,
+    and (k, l) = `good` where A >= 0, else `bad`. All (B, T); advantages equal within a row. The unit is a token.
+
+    The weight is 1 where w is, and vanishes at either end. VESPO 2026 (arXiv:2602.10693).
+
+    Statistics: ratio (of an action's sequence), approx_kl.
+    """
+    log_ratio, gain = _moved(logprobs, old_logprobs, advantages, actions)
+    near = log_ratio.detach()
+    # Beyond these bounds either weight is 0 to all intents; within them none of its parts is infinite.
+    whole = near.sum(1, keepdim=True).clamp(-20, 20)
+    power, decay = (_by_side(gain >= 0, *both, like=gain) for both in zip(good, bad, strict=True))
+    weight = torch.exp(decay + power * whole - decay * whole.exp())
+    chosen = torch.where(actions, logprobs, torch.zeros_like(logprobs))
+    stats = {"ratio": (whole.exp() * actions).sum(), "approx_kl": (torch.expm1(near) - near).sum()}
+    return -(weight * gain * chosen).sum(), stats
+
+
+def _by_side(good: Tensor, one: float, other: float, like: Tensor) -> Tensor:
+    return torch.where(good, like.new_tensor(one), like.new_tensor(other))
 
 
 def _moved(logprobs: Tensor, old: Tensor, advantages: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:

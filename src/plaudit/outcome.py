@@ -23,11 +23,15 @@ TITLES = {
     "reward": "Reward model",
     "ppo": "PPO",
     "robust_dpo": "Robust DPO",
+    "dpo_norm": "DPO, averaged over tokens",
     "ipo_avg": "IPO, averaged over tokens",
+    "aot_unpaired": "AOT, unpaired",
+    "bco_pair": "BCO of pairs",
     "apo_zero": "APO-zero",
     "apo_down": "APO-down",
     "discopop": "DiscoPOP",
     "simpo": "SimPO",
+    "alphapo": "AlphaPO",
     "reinforce_pp": "REINFORCE++",
     "dr_grpo": "Dr. GRPO",
     "online_dpo": "Online DPO",
@@ -50,7 +54,7 @@ FACTS = {
     "distinct_2": "distinct-2",
     "completion_tokens": "tokens",
 }
-ACRONYMS = "sft ppo dpo ipo kto cpo bco orpo exo nca sppo aot rrhf grpo rloo vpg ilql dapo gspo cispo"
+ACRONYMS = "sft ppo dpo ipo kto cpo bco orpo exo nca sppo aot rrhf grpo rloo vpg ilql dapo gspo cispo luspo sapo vespo"
 SHARES = re.compile(r"accuracy|_share$|^win_rate|^agreement$")
 COMPARED = {"win_rate", "win_rate_low", "win_rate_high", "p_value", "prompts"}  # said once, beside the table of models
 

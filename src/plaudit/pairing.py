@@ -18,7 +18,7 @@ def comparisons(judgements: Sequence[Judgement], soft: bool, name: str = "data")
 
     Of a ranking, every two answers of different rank; of the ratings of one prompt, every two answers of different
     mean. Unless the loss has a use for soft preferences, the side that more people prefer counts as chosen, and ties
-    are left out. Raises PlauditError, naming the setting `name`, if no pair is left.
+    are left out. Raises PlauditError, naming the setting `name` if there is one, if no pair is left.
     """
     notes: list[str] = []
     if all(isinstance(one, Comparison) for one in judgements):
@@ -30,14 +30,14 @@ def comparisons(judgements: Sequence[Judgement], soft: bool, name: str = "data")
         decided = [pair for pair in pairs if pair.preference != 0.5]
         notes += _left_out(len(pairs) - len(decided), "ties", "this loss has no use for them")
         pairs = [_turned(pair) for pair in decided]
-    if not pairs:
+    if not pairs and name:
         raise PlauditError(f"{name}: there is no pair of answers of which people prefer one: {_instead(judgements)}.")
     return pairs, notes
 
 
 def rankings(judgements: Sequence[Judgement], name: str = "data") -> tuple[list[Ranking], list[str]]:
     """Two or more answers to each prompt with their ranks, and sentences about what was left out. Raises PlauditError,
-    naming the setting `name`, if nothing is ranked."""
+    naming the setting `name` if there is one, if nothing is ranked."""
     ranked, single = [], 0
     rated: dict[str, list[Rating]] = {}
     for one in judgements:
@@ -56,7 +56,7 @@ def rankings(judgements: Sequence[Judgement], name: str = "data") -> tuple[list[
     kept = [ranking for ranking in ranked if len(set(ranking.ranks)) > 1]
     notes = _left_out(single, "prompts", "they have one answer each, and nothing to compare it with")
     notes += _left_out(len(ranked) - len(kept), "prompts", "people found their answers equally good")
-    if not kept:
+    if not kept and name:
         raise PlauditError(f"{name}: no prompt has two answers of which people prefer one: {_instead(judgements)}.")
     return kept, notes
 
@@ -68,27 +68,28 @@ def thumbs(judgements: Sequence[Judgement], name: str = "data") -> tuple[list[Ra
     the setting `name`, for ratings that are no thumbs, for rankings, and if no answer is left or all answers in `data`,
     from which is learned, are of one kind.
     """
+    where = name or "data"
     found: list[Rating] = []
     for one in judgements:
         if isinstance(one, Ranking):
             raise PlauditError(
-                f"{name}: a ranking does not say which answers are good by themselves: take `dpo` or `rrhf`, or data "
+                f"{where}: a ranking does not say which answers are good by themselves: take `dpo` or `rrhf`, or data "
                 "of comparisons or of ratings by `label`."
             )
         if isinstance(one, Comparison):
-            found += ratings_of(one)
+            found += ratings_of(_turned(one))
             continue
         odd = next((rating for rating in one.ratings if rating not in (0, 1)), None)
         if odd is not None:
             raise PlauditError(
-                f"{name}: a rating of {odd:g} is neither good (1, true) nor bad (0, false): give each answer a "
+                f"{where}: a rating of {odd:g} is neither good (1, true) nor bad (0, false): give each answer a "
                 "`label`, or learn from such ratings by `reward`."
             )
         found.append(one)
     means = [sum(one.ratings) / len(one.ratings) for one in found]
     kept = [replace(one, ratings=(float(mean > 0.5),)) for one, mean in zip(found, means, strict=True) if mean != 0.5]
     notes = _left_out(len(found) - len(kept), "answers", "as many people found them good as bad")
-    if not kept:
+    if not kept and name:
         raise PlauditError(f"{name}: as many people found each answer good as bad: add answers that they agree on.")
     if name == "data" and len({one.ratings for one in kept}) < 2:
         kind = "good" if kept[0].ratings == (1.0,) else "bad"

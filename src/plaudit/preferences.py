@@ -6,8 +6,9 @@ pairs, summed over the tokens of an answer unless said otherwise. `preference` p
 people who prefer `chosen`: 1 as a rule, 1/2 for a tie. Where a loss takes it, the loss is what is expected of a person
 drawn at random, or the paper's own soft form.
 
-The statistics of pairs: chosen_reward and rejected_reward, the implicit rewards beta * log-ratio; margin, by how much
-the side that people preferred leads; accuracy, whether it does (1/2 where either knows no difference).
+The statistics of pairs: chosen_reward and rejected_reward, the implicit rewards beta * log-ratio of the side that
+people preferred and of the other (of a tie, both their mean); margin, by how much the preferred side leads; accuracy,
+whether it does (1/2 where either knows no difference).
 """
 
 from __future__ import annotations
@@ -120,6 +121,27 @@ def aot(margins: Tensor, reference: Tensor, beta: float, label_smoothing: float 
     return torch.zeros_like(losses).scatter(0, order, losses)
 
 
+def aot_unpaired(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """(P,) the loss of dpo at the lead of each chosen answer over the rejected answer of its own rank.
+
+    chosen, rejected (P,) log-ratios. Both are sorted, and the k-th of one meets the k-th of the other, whichever
+    prompts they answer. Melnyk et al. 2024 (AOT, arXiv:2406.05882), the unpaired form.
+    """
+    ordered, order = chosen.sort()
+    losses = logistic(beta * (ordered - rejected.sort().values), 1 - label_smoothing)
+    return torch.zeros_like(losses).scatter(0, order, losses)
+
+
+def bco_pair(chosen: Tensor, rejected: Tensor, beta: float, baseline: float | Tensor) -> tuple[Tensor, Stats]:
+    """-log sigmoid(c - d) - log sigmoid(d - r) of every pair, c and r the rewards beta * log-ratio: `bco` of both.
+
+    baseline d, one number or (P,): the running mean of all rewards, to which nothing flows. Jung et al. 2024 (BCO,
+    arXiv:2404.04656), with the reward shift.
+    """
+    good, bad, middle = beta * chosen, beta * rejected, _kept(baseline)
+    return -(logsigmoid(good - middle) + logsigmoid(middle - bad)).sum(), pair_figures(good, bad)
+
+
 def apo_zero(chosen: Tensor, rejected: Tensor, beta: float) -> tuple[Tensor, Stats]:
     """1 - sigmoid(c) + sigmoid(r) of every pair, c and r the rewards beta * log-ratio: chosen answers rise, rejected
     ones fall. D'Oosterlinck et al. 2024 (APO, arXiv:2408.06266), eq. 7."""
@@ -169,6 +191,18 @@ def simpo(
     """
     loss = logistic(beta * (chosen - rejected) - gamma, 1 - label_smoothing)
     return loss.sum(), pair_figures(beta * chosen, beta * rejected)
+
+
+def alphapo(
+    chosen: Tensor, rejected: Tensor, beta: float, gamma: float, alpha: float, label_smoothing: float = 0.0
+) -> tuple[Tensor, Stats]:
+    """The loss of `simpo` on (1 - P^-alpha) / alpha in the place of log P, whose limit it is for alpha = 0.
+
+    chosen, rejected: log P, that is log pi averaged over the tokens of each answer; alpha is not 0. Gupta et al. 2025
+    (AlphaPO, arXiv:2501.03884).
+    """
+    good, bad = (-torch.expm1(-alpha * side) / alpha for side in (chosen, rejected))
+    return simpo(good, bad, beta, gamma, label_smoothing)
 
 
 def orpo(chosen: Tensor, rejected: Tensor, beta: float) -> tuple[Tensor, Stats]:
@@ -287,11 +321,12 @@ def pair_figures(chosen: Tensor, rejected: Tensor, preference: Preferred = 1.0) 
     chosen, rejected = chosen.detach(), rejected.detach()
     lead = chosen - rejected
     side = torch.sign(torch.as_tensor(preference, dtype=lead.dtype, device=lead.device).expand_as(lead) - 0.5)
+    half, middle = lead * side / 2, (chosen + rejected) / 2
     return {
         "accuracy": ((1 + torch.sign(lead) * side) / 2).sum(),
         "margin": (lead * side).sum(),
-        "chosen_reward": chosen.sum(),
-        "rejected_reward": rejected.sum(),
+        "chosen_reward": (middle + half).sum(),
+        "rejected_reward": (middle - half).sum(),
     }
 
 

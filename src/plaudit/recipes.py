@@ -193,29 +193,32 @@ def load_records(settings: Training) -> Data:
     family = family_of(settings)
     kind = family.record(settings)
     loaded = data.load(settings.data, kind, settings.split)
-    records, more = family.convert(settings, loaded.records, "data")
-    notes = left_out(loaded) + more
+    training, notes = loaded.records, left_out(loaded)
     if settings.eval_data is not None:
         other = data.load(settings.eval_data, kind, settings.split)
-        held, more = family.convert(settings, other.records, "eval_data")
-        training, notes = records, notes + left_out(other) + more
+        held, name = other.records, "eval_data"
+        notes += left_out(other)
     else:
-        training, held = _held_out(records, settings.holdout)
+        # Before anything is made of them, so that what comes from one record stays on one side.
+        (training, held), name = _held_out(training, settings.holdout), ""
     if not training:
         raise PlauditError(f"data: nothing is left to train on with holdout {settings.holdout}: lower it.")
     chosen = data.fraction(training, settings.train_fraction, settings.seed)
     if len(chosen) < len(training):
-        notes = [*notes, f"{len(chosen)} of {len(training)} rows are learned from (train_fraction)."]
-    return Data(chosen, held[: settings.eval_limit], notes)
+        notes.append(f"{len(chosen)} of {len(training)} rows are learned from (train_fraction).")
+    training, more = family.convert(settings, chosen, "data")
+    held, of_held = family.convert(settings, held, name)
+    notes += more + [f"held out: {note}" for note in of_held]
+    return Data(training, held[: settings.eval_limit], notes)
 
 
 def _held_out(records: list[Any], share: float) -> tuple[list[Any], list[Any]]:
-    """(training, held out). What has no prompt is known by what was said; of a single text, the end is held out."""
+    """(training, held out); of a single text, the end is held out."""
     first = records[0]
     plain = isinstance(first, Demonstration) and first.prompt == "" and isinstance(first.completion, str)
     if plain and len(records) == 1:
         return data.hold_out_end(first, share)
-    return data.hold_out(records, share, lambda record: record.prompt or getattr(record, "completion", ""))
+    return data.hold_out(records, share, data.asked)
 
 
 def described_by(settings: Training) -> Scratch | None:

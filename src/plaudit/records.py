@@ -19,10 +19,11 @@ from typing import Any, Generic, TypeVar
 
 from plaudit.config import plain
 from plaudit.errors import PlauditError
-from plaudit.rows import Row, kind_of, named
+from plaudit.rows import LeaveOut, Row, kind_of, named
 from plaudit.rows import Text as Text
 from plaudit.rows import rows as rows
 from plaudit.run import write_atomically
+from plaudit.turns import ASSISTANT, aligned, includes_prompt, parted, said, split
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +113,8 @@ _NEEDS: dict[type, str] = {
     Rating: "`completion` and one of `ratings`, `rating`, `score`, `label` and `token_rewards`",
 }
 
-_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-_SAME, _EMPTY, _OPEN = "chosen and rejected are the same", "a completion is empty", "ends with the person's turn"
-
-
-class _LeaveOut(Exception):
-    """This row is well formed but teaches nothing: count it and go on."""
+_SIDES = ("chosen", "rejected")
+_SAME, _TIE = "chosen and rejected are the same", "neither answer is preferred"
 
 
 def _missing(row: Row, wanted: type) -> PlauditError:
@@ -148,7 +145,7 @@ def _seems(row: Row) -> type | None:
 def parse(rows: Iterable[tuple[str, Mapping[str, Any]]], kind: type[R]) -> Loaded[R]:
     """Records of one kind from any (where, row) pairs; rows that teach nothing are counted in `dropped`.
 
-    A prompt may be missing: it is "" then, or what `chosen` and `rejected` have in common. Raises PlauditError
+    A prompt may be missing: it is "" then, or what the answers compared have in common. Raises PlauditError
     for a row that lacks a column or has a wrong value, and when no record is left.
     """
     read: Callable[[Row], Any] = _READERS[kind]
@@ -157,7 +154,7 @@ def parse(rows: Iterable[tuple[str, Mapping[str, Any]]], kind: type[R]) -> Loade
     for where, values in rows:
         try:
             records.append(read(Row(where, values, _KEYS[kind])))
-        except _LeaveOut as reason:
+        except LeaveOut as reason:
             dropped.setdefault(str(reason), []).append(where)
     if not records:
         reasons = "; ".join(f"{reason}: {len(places)}, first {places[0]}" for reason, places in dropped.items())
@@ -171,39 +168,6 @@ def load(paths: str | Path | Sequence[str | Path], kind: type[R]) -> Loaded[R]:
     return parse(chain.from_iterable(map(rows, several)), kind)
 
 
-def _answer(text: Text) -> Text:
-    """`text`, unless nothing is said in it."""
-    if not (text.strip() if isinstance(text, str) else any(message["content"].strip() for message in text)):
-        raise _LeaveOut(_EMPTY)
-    return text
-
-
-def _includes_prompt(text: Text) -> bool:
-    """Whether a conversation starts before the answer does."""
-    return isinstance(text, list) and bool(text) and text[0]["role"] != "assistant"
-
-
-def _split(transcript: Text) -> tuple[Text, Text]:
-    """A whole transcript -> (prompt, last answer); text without an assistant's turn is all answer."""
-    if isinstance(transcript, str):
-        before, marker, answer = transcript.rpartition(_ASSISTANT)
-        if marker and _HUMAN in answer:
-            raise _LeaveOut(_OPEN)
-        return before + marker, answer
-    if transcript and transcript[-1]["role"] != "assistant":
-        raise _LeaveOut(_OPEN)
-    return transcript[:-1], transcript[-1:]
-
-
-def _aligned(prompt: Text, completion: Text) -> tuple[Text, Text]:
-    """Both as text or both as messages: a lone text becomes the message that it must have been."""
-    if isinstance(prompt, list) and isinstance(completion, str):
-        return prompt, [{"role": "assistant", "content": completion}]
-    if isinstance(prompt, str) and isinstance(completion, list):
-        return [{"role": "user", "content": prompt}] if prompt else [], completion
-    return prompt, completion
-
-
 def _read_prompt(row: Row) -> Prompt:
     name = row.first("prompt", "messages", "query", "question", "chosen")
     if name is None:
@@ -213,9 +177,9 @@ def _read_prompt(row: Row) -> Prompt:
         answered = isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant"
         prompt = prompt[:-1] if answered else prompt
     elif name == "chosen":
-        if isinstance(prompt, str) and _ASSISTANT not in prompt:
+        if isinstance(prompt, str) and ASSISTANT not in prompt:
             raise _missing(row, Prompt)
-        prompt, _ = _split(prompt)
+        prompt, _ = split(prompt)
     return Prompt(prompt, row.columns(), row.where)
 
 
@@ -223,13 +187,23 @@ def _read_demonstration(row: Row) -> Demonstration:
     name = row.first("completion", "messages", "text", "chosen")
     if name is None:
         raise _missing(row, Demonstration)
+    if name == "chosen" and row.has("rejected"):
+        name = _preferred(row)
     completion = row.text(name)
-    if name == "chosen" and (not row.has("prompt") or (_includes_prompt(completion) and _is_text(row, "prompt"))):
-        prompt, completion = _split(completion)
+    if name in _SIDES and (not row.has("prompt") or (includes_prompt(completion) and _is_text(row, "prompt"))):
+        prompt, completion = split(completion)
     else:
         whole = name in ("messages", "text")
-        prompt, completion = _aligned("" if whole else row.prompt(), completion)
-    return Demonstration(prompt, _answer(completion), row.columns())
+        prompt, completion = aligned("" if whole else row.prompt(), completion)
+    return Demonstration(prompt, said(completion), row.columns())
+
+
+def _preferred(row: Row) -> str:
+    """Which side of a comparison more people prefer."""
+    preference = _preference(row)
+    if preference == 0.5:
+        raise LeaveOut(_TIE)
+    return _SIDES[preference < 0.5]
 
 
 def _is_text(row: Row, name: str) -> bool:
@@ -243,36 +217,26 @@ def _read_comparison(row: Row) -> Comparison:
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise row.error("rejected", f"is {kind_of(rejected)} while `chosen` is {kind_of(chosen)}")
     if chosen == rejected:
-        raise _LeaveOut(_SAME)
-    prompt, chosen, rejected = _sides(row, chosen, rejected)
+        raise LeaveOut(_SAME)
+    prompt, (chosen, rejected) = _asked(row, [chosen, rejected])
     if chosen == rejected:
-        raise _LeaveOut(_SAME)
+        raise LeaveOut(_SAME)
     margin = row.number("margin", row.values["margin"]) if row.has("margin") else None
-    return Comparison(prompt, _answer(chosen), _answer(rejected), _preference(row), margin, row.columns())
+    return Comparison(prompt, said(chosen), said(rejected), _preference(row), margin, row.columns())
 
 
-def _sides(row: Row, chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
-    """(prompt, chosen, rejected) with the prompt taken out of both sides where they include it.
-
-    In a few rows of hh-rlhf the transcripts differ before the last answer, so each side is split at its own
-    last turn: cutting `rejected` at the length of the prompt of `chosen` would tear a sentence.
-    """
-    if row.has("prompt") and not (_is_text(row, "prompt") and _includes_prompt(chosen)):
+def _asked(row: Row, texts: list[Any]) -> tuple[Text, list[Text]]:
+    """(prompt, completions), with the prompt taken out of the texts where they include it."""
+    if row.has("prompt") and not (_is_text(row, "prompt") and includes_prompt(texts[0])):
         given = row.prompt()
-        return *_aligned(given, chosen), _aligned(given, rejected)[1]
-    if isinstance(chosen, str):
-        prompt, chosen = _split(chosen)
-        return prompt, chosen, _split(rejected)[1]
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    return chosen[:shared], chosen[shared:], rejected[shared:]
+        return aligned(given, texts[0])[0], [aligned(given, text)[1] for text in texts]
+    return parted(texts)
 
 
 def _preference(row: Row) -> float:
     value = row.values.get("preference", 1.0)
     if value is None or value == "can't compare":
-        raise _LeaveOut("the rater could not compare")
+        raise LeaveOut("the rater could not compare")
     if not 0 <= row.number("preference", value) <= 1:
         raise row.error("preference", f"is a probability from 0 to 1, not {value}")
     return float(value)
@@ -292,9 +256,8 @@ def _read_ranking(row: Row) -> Ranking:
         raise row.error("ranking", "must be a list of ranks from 1 (the best) or an order such as 'A > B = C'")
     if len(ranks) != len(texts):
         raise row.error("ranking", f"ranks {len(ranks)} completions, but there are {len(texts)}")
-    given = row.prompt()
-    completions = tuple(_answer(_aligned(given, text)[1]) for text in texts)
-    return Ranking(_aligned(given, texts[0])[0], completions, tuple(ranks), row.columns())
+    prompt, completions = _asked(row, texts)
+    return Ranking(prompt, tuple(map(said, completions)), tuple(ranks), row.columns())
 
 
 def ranks_of(order: str, where: str = "order") -> tuple[int, ...]:
@@ -325,9 +288,9 @@ def _read_rating(row: Row) -> Rating:
         raise row.error(name, f"must be true or false, not {value!r:.60}")
     ratings = row.numbers(name, "rater") if name == "ratings" else (row.number(name or "token_rewards", value),)
     if not ratings:
-        raise _LeaveOut("nobody rated it")
-    prompt, completion = _aligned(row.prompt(), row.text(answer))
-    return Rating(prompt, _answer(completion), ratings, row.columns())
+        raise LeaveOut("nobody rated it")
+    prompt, completion = aligned(row.prompt(), row.text(answer))
+    return Rating(prompt, said(completion), ratings, row.columns())
 
 
 _READERS: dict[type, Callable[[Row], Any]] = {
@@ -376,8 +339,9 @@ def ratings_of(comparison: Comparison) -> tuple[Rating, Rating]:
 
 
 def demonstration_of(comparison: Comparison) -> Demonstration:
-    """The chosen answer, as something to imitate."""
-    return Demonstration(comparison.prompt, comparison.chosen, comparison.columns)
+    """The answer that more people prefer, of a tie the first, as something to imitate."""
+    preferred = comparison.rejected if comparison.preference < 0.5 else comparison.chosen
+    return Demonstration(comparison.prompt, preferred, comparison.columns)
 
 
 # ------------------------------------------------------------------------------------------------ writing

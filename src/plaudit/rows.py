@@ -17,6 +17,10 @@ Text = str | list[dict[str, str]]
 """Plain text, or a conversation: [{"role": "user", "content": "Hello"}, ...]."""
 
 
+class LeaveOut(Exception):
+    """This row is well formed but teaches nothing: count it and go on."""
+
+
 def rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, row) for each row of a .jsonl, .jsonl.gz or .json file, where = "prefs.jsonl:17".
 

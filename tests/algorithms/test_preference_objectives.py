@@ -1,12 +1,13 @@
 """What the preference algorithms read of each answer, by hand: sums where lengths differ, averages, imitation."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
 from plaudit import settings as verbs
-from plaudit.algorithms import preference
+from plaudit.algorithms import preference, transport
 from plaudit.batch import collate
 
 COMMON = {"model": "", "data": ""}
@@ -31,6 +32,22 @@ def test_ipo_reads_sums_or_averages():
     assert loss == pytest.approx((0.2 + 1.2 - 2) ** 2)
     loss, _ = told(preference.AveragedIdentityPreference, verbs.AveragedIPO(beta=0.25, **COMMON))
     assert loss == pytest.approx((0.2 + 0.4 - 2) ** 2)
+
+
+def test_s2_08_normalised_dpo_reads_averages():
+    loss, stats = told(preference.NormalisedDirectPreference, verbs.NormalisedDPO(beta=2.0, **COMMON))
+    assert loss == pytest.approx(math.log(1 + math.exp(-2.0 * (0.2 + 0.4))), rel=1e-6)
+    assert stats["margin"] == pytest.approx(2.0 * 0.6)
+
+
+def test_s2_08_unpaired_aot_reads_log_ratios_and_alphapo_averages():
+    loss, _ = told(transport.UnpairedOptimalTransport, verbs.UnpairedAOT(beta=0.5, **COMMON))
+    assert loss == pytest.approx(math.log(1 + math.exp(-0.5 * (0.2 + 1.2))), rel=1e-6)
+    loss, _ = told(preference.ShapedPreference, verbs.AlphaPO(beta=2.0, gamma=1.0, alpha=0.5, **COMMON))
+    lead = 2.0 * 2 * (math.exp(1.0) - math.exp(0.25)) - 1.0  # of averages of -0.5 and -2
+    assert loss == pytest.approx(math.log(1 + math.exp(-lead)), rel=1e-6)
+    with pytest.raises(ValueError, match=r"^alpha must not be 0: that is `simpo`\.$"):
+        verbs.AlphaPO(alpha=0.0, **COMMON)
 
 
 def test_cpo_reads_sums_and_imitates_the_chosen():

@@ -83,7 +83,7 @@ def test_comparisons_pair_by_pair(at, tmp_path):
     total = sum(
         slow(scores[2 * i] - scores[2 * i + 1], preference, 0.1) for i, preference in enumerate((0.5, 1.0, 0.7))
     )
-    total += 0.3 * sum(score * score for score in scores) / 2  # the mean over both texts of each pair
+    total += 0.3 * sum((scores[2 * i] + scores[2 * i + 1]) ** 2 for i in range(3))
     loss, _ = algorithm.loss(batch)
     assert loss.item() == pytest.approx(total, rel=1e-5)
     assert algorithm.weight(batch) == 3
@@ -117,8 +117,7 @@ def test_rankings_prompt_by_prompt(at, tmp_path):
         pairs = [(i, j) for i, j in combinations(range(len(order)), 2) if order[i] != order[j]]
         if pairs:
             costs = [
-                slow(own[i] - own[j], float(order[i] < order[j]), 0.1) + 0.3 * (own[i] ** 2 + own[j] ** 2) / 2
-                for i, j in pairs
+                slow(own[i] - own[j], float(order[i] < order[j]), 0.1) + 0.3 * (own[i] + own[j]) ** 2 for i, j in pairs
             ]
             total += sum(costs) / len(costs)
     loss, _ = algorithm.loss(batch)
@@ -138,7 +137,7 @@ def test_ratings_pair_by_pair(at, tmp_path):
         if abs(np.mean(given[i]) - np.mean(given[j])) < 0.5:
             continue
         above = np.mean([(a > b) + (a == b) / 2 for a in given[i] for b in given[j]])
-        total += slow(scores[i] - scores[j], above, 0.1) + 0.3 * (scores[i] ** 2 + scores[j] ** 2) / 2
+        total += slow(scores[i] - scores[j], above, 0.1) + 0.3 * (scores[i] + scores[j]) ** 2
         units += 1
     assert units == 8
     loss, _ = algorithm.loss(batch)

@@ -88,14 +88,23 @@ def test_b8_equal_scores_cost_what_chance_does():
     assert stats["accuracy"] == 1.5
 
 
+def test_s2_13_centring_draws_the_sum_of_a_pair_to_zero_and_leaves_its_difference_alone():
+    pair = Judged([[0], [1]], [[1.0, 0.0], [0.0, 0.0]])
+    for first, second, cost in ((1.5, -0.5, 1.0), (0.75, -0.75, 0.0), (-2.0, -1.0, 9.0)):
+        free, held = (made(FromComparisons, [first, second], [pair], centering=weight) for weight in (0.0, 0.4))
+        batch = free.collate([0])
+        extra = held.loss(batch)[0].item() - free.loss(batch)[0].item()
+        assert extra == pytest.approx(0.4 * cost, abs=1e-6)
+
+
 def test_rankings_by_hand():
     # exp(scores) = 1, 2, 3, 4: the best is the third.
     worth = [math.log(i) for i in (1, 2, 3, 4)]
     data = [judged(2, 2, 1, 3), judged(1, 1, 2)]
     luce = made(PlackettLuce, worth, data, centering=0.5)
     batch = luce.collate([0, 1])
-    squares = [value * value for value in worth]
-    centred = 0.5 * (sum(squares) / 4 + sum(squares[:3]) / 3)
+    ordered = [(0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], [(0, 2), (1, 2)]  # a tie makes no pair
+    centred = 0.5 * sum(sum((worth[i] + worth[j]) ** 2 for i, j in pairs) / len(pairs) for pairs in ordered)
     # First 3 of 10; then the two tied, each of what is not better; the last has no choice. The second prompt: 1 and 2
     # of 6, each drawn from all that are not better.
     expected = -math.log(3 / 10 * 1 / 7 * 2 / 7) - math.log(1 / 6 * 2 / 6)
@@ -240,7 +249,7 @@ def test_b29_ratings_in_parts_are_the_whole_batch(tokens):
             above = np.mean([(a > b) + (a == b) / 2 for a in RATED[i] for b in RATED[j]])
             chance = 0.9 / (1 + math.exp(WORTH[j] - WORTH[i])) + 0.05
             total -= above * math.log(chance) + (1 - above) * math.log(1 - chance)
-            total += 0.3 * (WORTH[i] ** 2 + WORTH[j] ** 2) / 2
+            total += 0.3 * (WORTH[i] + WORTH[j]) ** 2
     assert parts[1]["loss"] * 19 == pytest.approx(total, rel=1e-6)
 
 

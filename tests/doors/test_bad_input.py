@@ -93,7 +93,7 @@ CASES = {
     "kto --model m --data pair.jsonl --batch-size 1": "`batch_size` is 1, but must be greater than or equal to 2.",
     "bco --model m --data pair.jsonl --min-density-ratio 20": "min_density_ratio (20.0) must not exceed ",
     "cpo --config cpo.yaml": "cpo.yaml: `cpo` has no setting `precompute_reference`; that is a setting "
-    "of dpo, robust_dpo, ipo and others.",
+    "of dpo, robust_dpo, dpo_norm and others.",
     "sample --model m --data nowhere.jsonl": "data: there is no file 'nowhere.jsonl'.",
     # models
     "sft --data good.jsonl --model ./nowhere": "model: there is no folder './nowhere'.",

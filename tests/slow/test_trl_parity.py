@@ -1,10 +1,10 @@
 """Losses and gradients are those of TRL to 1e-6: each release in an environment of its own, made once and kept.
 
-What is compared runs through the algorithms themselves wherever TRL's counterpart is one method; only the numbers that
-a model would give are made up. Where the two define something differently, a test states the difference as an identity:
-TRL adds 1e-4 to the spread of a group, whitens by the unbiased variance, squares the sum of a pair's scores to centre
-them, and averages the imitation in CPO and ORPO over all tokens instead of answer by answer, in ORPO over those of the
-prompts too. The last two agree for chosen answers of one length, in ORPO after prompts of one token.
+What is compared runs through the algorithms themselves wherever TRL's counterpart is one method; only the numbers
+that a model would give are made up. Where the two define something differently, a test states the difference as an
+identity: TRL adds 1e-4 to the spread of a group, whitens by the unbiased variance, leaves the reward shift out of BCO
+for pairs, and averages the imitation in CPO and ORPO over all tokens instead of answer by answer, in ORPO over those
+of the prompts too. The last two agree for chosen answers of one length, in ORPO after prompts of one token.
 
 Only plaudit has, so that nothing can be compared:
 
@@ -12,12 +12,11 @@ Only plaudit has, so that nothing can be compared:
 - rewards from rankings, ratings and labels; assumed noise; ensembles; normalised scores;
 - ties, and answers that only some people preferred: TRL's pairs are certain, and of two equal rewards in online DPO it
   takes the first for the better, where plaudit learns nothing;
-- the KL term as k2, straight through, or held to a budget; PPO's `dual_clip`; rejected completions; DAPO's refills.
+- the KL term as k2, straight through, or held to a budget; rejected completions; DAPO's refills.
 
-Only TRL has, since the same verbs do without: the losses `bco_pair`, `aot_unpaired`, `sigmoid_norm` and `sft` of DPO,
-its other f-divergences and its weights by length or policy; hinge, IPO and AlphaPO without a reference;
-`apo_zero_unpaired` in KTO; `luspo`, `sapo` and `vespo`, advantages scaled by the batch or reward by reward, the choice
-of tokens by entropy, a second bound on ratios, and corrections for another engine's samples in GRPO; normalised
+Only TRL has, since the same verbs do without: the loss `sft` of DPO, its other f-divergences and its weights by
+length or policy; hinge and IPO without a reference; `apo_zero_unpaired` in KTO; advantages scaled by the batch or
+reward by reward, the choice of tokens by entropy, and corrections for another engine's samples in GRPO; normalised
 advantages in RLOO; IPO in online DPO; distillation.
 
 Both have, and it is not compared: the loss of `sft`, which TRL leaves to the model; bonuses for entropy, which TRL
@@ -42,7 +41,7 @@ from environments import environment
 from plaudit import preferences
 from plaudit import settings as verbs
 from plaudit.advantages import AdaptiveKL, gae, kl_shaped_rewards
-from plaudit.algorithms import online, policy_gradient, preference, reward, unpaired
+from plaudit.algorithms import online, policy_gradient, preference, reward, transport, unpaired, weighed_ratios
 from plaudit.algorithms.ppo import ProximalPolicyOptimisation
 from plaudit.batch import Batch, collate
 from plaudit.numerics import standardise
@@ -112,7 +111,14 @@ PAIRS: dict[str, tuple[type, Any, dict[str, Any]]] = {
     "exo_pair": (preference.EfficientExact, verbs.EXO(beta=0.3, label_smoothing=0.2, **COMMON), {}),
     "nca_pair": (preference.NoiseContrastive, verbs.NCA(beta=0.3, **COMMON), {}),
     "sppo_hard": (preference.SelfPlayPreference, verbs.SPPO(beta=0.3, **COMMON), {}),
-    "aot": (preference.OptimalTransport, verbs.AOT(beta=0.3, label_smoothing=0.1, **COMMON), {}),
+    "sigmoid_norm": (preference.NormalisedDirectPreference, verbs.NormalisedDPO(beta=0.3, **COMMON), {}),
+    "bco_pair": (unpaired.PairedBinaryClassifier, verbs.PairedBCO(beta=0.3, **COMMON), {}),
+    "aot_unpaired": (
+        transport.UnpairedOptimalTransport,
+        verbs.UnpairedAOT(beta=0.3, label_smoothing=0.1, **COMMON),
+        {},
+    ),
+    "aot": (transport.OptimalTransport, verbs.AOT(beta=0.3, label_smoothing=0.1, **COMMON), {}),
     "apo_zero": (preference.AnchoredZero, verbs.APOZero(beta=0.3, **COMMON), {}),
     "apo_down": (preference.AnchoredDown, verbs.APODown(beta=0.3, **COMMON), {}),
     "discopop": (preference.DiscoveredPreference, verbs.DiscoPOP(beta=0.3, tau=0.05, **COMMON), {}),
@@ -144,6 +150,20 @@ ALONE: dict[str, tuple[type, Any, dict[str, Any], int, list[int]]] = {
             "label_smoothing": 0.1,
             "cpo_alpha": 0.0,
             "alpha": 0.0,
+        },
+        PROMPT,
+        LENGTHS,
+    ),
+    "alphapo": (
+        preference.ShapedPreference,
+        verbs.AlphaPO(beta=2, gamma=0.7, alpha=0.25, label_smoothing=0.1, **COMMON),
+        {
+            "loss_type": "simpo",
+            "beta": 2.0,
+            "simpo_gamma": 0.7,
+            "label_smoothing": 0.1,
+            "cpo_alpha": 0.0,
+            "alpha": 0.25,
         },
         PROMPT,
         LENGTHS,
@@ -188,9 +208,29 @@ ROLLOUTS: dict[str, tuple[type, Any, dict[str, Any]]] = {
         verbs.GSPO(rewards="", clip_low=0.05, clip_high=0.06, **COMMON),
         {"type": "grpo", "level": "sequence", "low": 0.05, "high": 0.06},
     ),
+    "grpo with a second bound": (
+        policy_gradient.GroupRelativePolicyOptimisation,
+        verbs.GRPO(rewards="", kl=0.0, dual_clip=1.25, **COMMON),
+        {"type": "grpo", "low": 0.2, "high": 0.2, "delta": 1.25},
+    ),
+    "luspo": (
+        policy_gradient.LengthUnbiased,
+        verbs.LUSPO(rewards="", clip_low=0.05, clip_high=0.06, kl=0.07, **COMMON),
+        {"level": "sequence", "low": 0.05, "high": 0.06, "kl": 0.07},
+    ),
+    "sapo": (
+        weighed_ratios.SoftAdaptive,
+        verbs.SAPO(rewards="", kl=0.07, temperature_bad=1.5, **COMMON),
+        {"kl": 0.07, "sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.5},
+    ),
+    "vespo": (
+        weighed_ratios.VariationalSequence,
+        verbs.VESPO(rewards="", **COMMON),
+        {"vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0},
+    ),
     # TRL's bound of CISPO is the ratio itself.
     "cispo": (
-        policy_gradient.ClippedWeights,
+        weighed_ratios.ClippedWeights,
         verbs.CISPO(rewards="", clip_high=0.25, **COMMON),
         {"low": 0.0, "high": 1.25},
     ),
@@ -342,6 +382,7 @@ def test_pairs(name: str, recent: Any) -> None:
     columns = batch.tokens.shape[1]
     logprobs = widened(asked["logprobs"], columns)[order].requires_grad_()
     filled = {"reference_logprobs": widened(asked["reference"], columns)[order], "targets": torch.ones(len(batch))}
+    filled["baselines"] = torch.zeros(len(batch))  # where `bco_pair` has the shift that TRL leaves out
     batch = Batch(**{**batch.tensors(), **filled})
     own = algorithm(cls, settings)
     loss = own.objective(logprobs, batch)[0] / own.weight(batch)
@@ -379,11 +420,8 @@ def test_reward(name: str, recent: Any) -> None:
     margins = torch.tensor(asked["margin"], dtype=torch.float64) * options["margin"]
     targets = torch.stack([torch.tensor([1.0, 0.0]).repeat(count), torch.stack([margins, -margins], 1).flatten()], 1)
     batch = Batch(**{**batch.tensors(), "targets": targets})
-    # TRL centres by the square of a pair's sum, which is twice the sum of its squares less the square of its gap.
-    theirs = options["centering"] or 0.0
-    own = algorithm(reward.FromComparisons, verbs.Reward(centering=4 * theirs, **COMMON))
-    gaps = (scores[0::2] - scores[1::2]).square().mean()
-    loss = own.judge(batch, scores)[0] / own.weight(batch) - theirs * gaps
+    own = algorithm(reward.FromComparisons, verbs.Reward(centering=options["centering"] or 0.0, **COMMON))
+    loss = own.judge(batch, scores)[0] / own.weight(batch)
     loss.backward()
     same(loss.item(), answer["loss"])
     assert scores.grad is not None

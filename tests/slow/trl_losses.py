@@ -211,13 +211,16 @@ def rollouts(given):
             importance_sampling_level=options.get("level", "token"),
             loss_type=options["type"],
             beta=options.get("kl", 0.0),
-            epsilon_low=options["low"],
-            epsilon_high=options["high"],
+            epsilon_low=options.get("low"),
+            epsilon_high=options.get("high"),
             use_vllm=False,
             current_gradient_accumulation_steps=1,
             max_completion_length=given["limit"],
             _entropy_bonus_enabled=False,
-            args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
+            get_gamma_weights=GRPOTrainer.get_gamma_weights,
+            args=SimpleNamespace(
+                **{"use_bias_correction_kl": False, "delta": None, "steps_per_generation": 1, **options}
+            ),
         )
         owner = RLOOTrainer if options["type"] == "rloo" else GRPOTrainer
         found[name] = judged(owner._compute_loss(own, None, inputs), logprobs)

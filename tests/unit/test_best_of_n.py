@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import rel_entr
 
 from plaudit.statistics import best_of_n, best_of_n_divergence, pass_at_k
 
@@ -46,22 +47,20 @@ def test_what_cannot_be_estimated() -> None:
             pass_at_k(*arguments)
 
 
-@pytest.mark.parametrize("n", [2, 4, 8, 64])
+@pytest.mark.parametrize("n", range(2, 65))
 def test_b16_the_best_of_n_strays_no_further_than_the_bound(n: int) -> None:
     policy = np.random.default_rng(n).dirichlet(np.ones(12))  # answers in the order of their reward
     whole = np.cumsum(policy)
     best = whole**n - (whole - policy) ** n
     assert best.sum() == pytest.approx(1, abs=1e-12)
-    divergence = float((best * np.log(best / policy)).sum())
+    divergence = float(rel_entr(best, policy).sum())
     assert 0 < divergence <= best_of_n_divergence(n) == math.log(n) - (n - 1) / n
     beaten = float((best * (whole - policy / 2)).sum())  # ties half
     assert 0.5 < beaten <= n / (n + 1)
     fine = np.full(100_000, 1e-5)  # where no two answers are worth the same, both bounds are met
     whole = np.cumsum(fine)
     best = whole**n - (whole - fine) ** n
-    assert float((best * np.log(np.maximum(best, 1e-300) / fine)).sum()) == pytest.approx(
-        best_of_n_divergence(n), abs=1e-3
-    )
+    assert float(rel_entr(best, fine).sum()) == pytest.approx(best_of_n_divergence(n), abs=1e-3)
     assert float((best * (whole - fine / 2)).sum()) == pytest.approx(n / (n + 1), abs=1e-4)
 
 

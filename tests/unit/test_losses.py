@@ -432,7 +432,7 @@ def test_clipped_surrogate_is_the_loop(tokens: list[tuple[float, float, float, b
 # --------------------------------------------------------------------------------------------------- clipped values
 
 
-def test_clipped_value_by_hand() -> None:
+def test_b12_clipped_value_by_hand() -> None:
     # Old value 0, clip 0.2. Return 1: a value of 0.5 counts as 0.2 (error 0.8), one of -0.5 stays (error 1.5).
     values = double([[9, 0.5, -0.5, 0.1]]).requires_grad_()
     actions = torch.tensor([[False, True, True, True]])

@@ -69,7 +69,7 @@ def test_held_out_answers_may_all_be_good_but_not_all_undecided():
 def test_thumbs_of_comparisons_and_of_several_people():
     given = [Comparison("1", "a", "b", 0.2), Rating("2", "c", (1.0, 1.0, 0.0)), Rating("3", "d", (1.0, 0.0))]
     found, notes = thumbs(given)
-    assert [(one.completion, one.ratings) for one in found] == [("a", (0.0,)), ("b", (1.0,)), ("c", (1.0,))]
+    assert [(one.completion, one.ratings) for one in found] == [("b", (1.0,)), ("a", (0.0,)), ("c", (1.0,))]
     assert notes == ["1 answers left out: as many people found them good as bad"]
 
 

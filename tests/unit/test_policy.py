@@ -210,9 +210,10 @@ def test_pairs_that_share_a_beginning_are_scored_as_if_alone():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_B26_padding_on_either_side_of_the_model_itself_gives_these_logprobs(kind, side):
-    policy, batch = made(kind), MIXED
-    found = policy(batch).logprobs
+def test_B26_padding_on_either_side_of_the_model_itself_gives_these_logprobs_values_and_scores(kind, side):
+    policy, judge, batch = made(kind), scorer(kind), MIXED
+    found = policy(batch, values=True)
+    scores = judge(batch, logprobs=False, scores=True).scores
     width = batch.tokens.shape[1]
     for i, length in enumerate(batch.lengths.tolist()):
         gap = width - length if side == "left" else 0
@@ -220,10 +221,15 @@ def test_B26_padding_on_either_side_of_the_model_itself_gives_these_logprobs(kin
         tokens[0, gap : gap + length] = batch.tokens[i, :length]
         mask[0, gap : gap + length] = 1
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = policy.backbone(tokens, attention_mask=mask, position_ids=positions).logits[0, gap : gap + length]
-        logprobs = logits.log_softmax(-1)[:-1].gather(1, batch.tokens[i, 1:length, None])[:, 0]
+        given, row = {"attention_mask": mask, "position_ids": positions}, slice(gap, gap + length)
+        output = policy.backbone(tokens, output_hidden_states=True, **given)
+        logprobs = output.logits[0, row].log_softmax(-1)[:-1].gather(1, batch.tokens[i, 1:length, None])[:, 0]
+        values = policy.value(output.hidden_states[-1][0, row])[:-1, 0]
         acting = batch.actions[i, 1:length]
-        torch.testing.assert_close(found[i, 1:length][acting], logprobs[acting], atol=1e-10, rtol=0)
+        torch.testing.assert_close(found.logprobs[i, 1:length][acting], logprobs[acting], atol=1e-10, rtol=0)
+        torch.testing.assert_close(found.values[i, 1:length][acting], values[acting], atol=1e-10, rtol=0)
+        last = judge.base(tokens, **given).last_hidden_state[0, gap + length - 1]
+        torch.testing.assert_close(scores[i], judge.backbone.score(last)[0], atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from plaudit.losses import clipped_surrogate, clipped_weight, reinforce, sequence_surrogate
+from plaudit.losses import (
+    clipped_surrogate,
+    clipped_weight,
+    gamma_weight,
+    reinforce,
+    sequence_surrogate,
+    soft_gate,
+)
 
 Found = tuple[Tensor, dict[str, Tensor]]
 
@@ -44,6 +51,11 @@ def losses(actions: Tensor) -> dict[str, Callable[[Tensor, Tensor, Tensor], Foun
         "sequences": lambda new, old, gain: sequence_surrogate(new, old, gain, actions, clip, mean=True),
         "products": lambda new, old, gain: sequence_surrogate(new, old, gain, actions, clip, mean=False),
         "weights": lambda new, old, gain: clipped_weight(new, old, gain, actions, clip),
+        "long sequences": lambda new, old, gain: sequence_surrogate(
+            new, old, gain, actions, clip, mean=True, share=actions.sum(1)
+        ),
+        "gates by rows": lambda new, old, gain: soft_gate(new, old, gain, actions, (1.0, 2.0), share, share),
+        "gammas": lambda new, old, gain: gamma_weight(new, old, gain, actions, (2.0, 3.0), (3.0, 2.0)),
     }
 
 
@@ -179,6 +191,49 @@ def test_b15_a_clipped_weight_leaves_every_action_its_gradient() -> None:
     assert stats["ratio"].item() == pytest.approx(4.6, rel=1e-12)
 
 
+def test_s2_06_a_gate_is_steepest_where_the_policy_has_not_moved_and_fades_on_either_side() -> None:
+    # SAPO by hand: sigmoid is 1/2 at a ratio of 1, and 3/4 where t (ratio - 1) = log 3.
+    log3 = math.log(3)
+    ratios = double([[7, 1.0, 1 + log3, 1 + log3 / 2]])
+    logprobs, gains = ratios.log().requires_grad_(), double([[9, 2, 1, -1]])
+    actions = mask([[0, 1, 1, 1]])
+    share, counted = actions / 3, actions.double() / 3
+    loss, stats = soft_gate(logprobs, torch.zeros_like(ratios), gains, actions, (1.0, 2.0), share, counted)
+    assert loss.item() == pytest.approx(-(2 * 4 * 0.5 + 4 * 0.75 - 2 * 0.75) / 3, rel=1e-6)
+    slopes = torch.autograd.grad(loss, logprobs)[0][0]
+    expected = [0, -2 / 3, -4 * 0.75 * 0.25 * (1 + log3) / 3, 4 * 0.75 * 0.25 * (1 + log3 / 2) / 3]
+    assert slopes.tolist() == pytest.approx(expected, rel=1e-6)
+    assert stats["ratio"].item() == pytest.approx((3 + 1.5 * log3) / 3, rel=1e-6)
+
+
+def test_s2_06_a_gamma_weight_is_1_where_the_completion_is_as_likely_as_before() -> None:
+    # VESPO by hand: ratios of whole completions are 1 (of 2 and 1/2) and 2, and nothing flows through them.
+    ratios = double([[7, 2.0, 0.5], [7, 2.0, 7], [7, 2.0, 7]])
+    logprobs, gains = (ratios.log() - 1).requires_grad_(), double([[9, 3, 3], [9, 1, 9], [9, -1, 9]])
+    actions = mask([[0, 1, 1], [0, 1, 0], [0, 1, 0]])
+    loss, stats = gamma_weight(logprobs, torch.full_like(ratios, -1.0), gains, actions, (2.0, 3.0), (3.0, 2.0))
+    good, bad = 4 * math.exp(-3), 8 * math.exp(-2)
+    slopes = torch.autograd.grad(loss, logprobs)[0]
+    expected = double([[0, -3, -3], [0, -good, 0], [0, bad, 0]])
+    torch.testing.assert_close(slopes, expected, rtol=1e-12, atol=0)
+    said = [math.log(2) - 1, math.log(0.5) - 1]
+    assert loss.item() == pytest.approx(-3 * sum(said) - (good - bad) * said[0], rel=1e-12)
+    assert stats["ratio"].item() == pytest.approx(1 + 1 + 2 + 2, rel=1e-12)
+    far = torch.full((1, 900), 5.0)
+    for moved in (far, -far):
+        loss, _ = gamma_weight(moved, 0 * far, 0 * far - 1, torch.ones(1, 900, dtype=torch.bool), (2, 3), (3, 2))
+        assert loss.item() == pytest.approx(0.0, abs=1e-9)
+
+
+def test_s2_06_a_longer_completion_counts_more_in_luspo() -> None:
+    ratios = double([[7, 1.1, 1.1, 1.1], [7, 1.2, 7, 7]])
+    actions, gains = mask([[0, 1, 1, 1], [0, 1, 0, 0]]), double([[2.0] * 4, [-1.0] * 4])
+    given = ratios.log(), torch.zeros_like(ratios), gains, actions, 0.3
+    loss, stats = sequence_surrogate(*given, mean=True, share=actions.sum(1))
+    assert loss.item() == pytest.approx(-3 * 1.1 * 2 + 1.2, rel=1e-12)
+    assert stats["ratio"].item() == pytest.approx(1.1 + 1.2, rel=1e-12)
+
+
 # -------------------------------------------------------------------------------------- what all of them have in common
 
 
@@ -192,18 +247,22 @@ def test_b11_a_policy_that_has_not_moved_has_the_plain_policy_gradient(name: str
     share = ACTIONS / lengths if "rows" in name or name == "sequences" else ACTIONS.double()
     torch.testing.assert_close(gradient, -(gains * share), rtol=1e-6, atol=1e-12)
     if stats:
-        assert stats["clip_fraction"] == stats["approx_kl"] == 0
-        units = 3 if name in ("by rows", "sequences", "products") else 6
+        assert stats.get("clip_fraction", 0) == stats["approx_kl"] == 0
+        units = 3 if "rows" in name or name in ("sequences", "long sequences", "products") else 6
         assert stats["ratio"].item() == pytest.approx(units, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_b24_gradcheck(name: str) -> None:
     old, gains = normal(3, 5, seed=1), normal(3, 1, seed=2).expand(3, 5)
-    if name == "weights":  # the weight is held constant, so that only a fixed ratio has this gradient
+    if name in ("weights", "gammas"):  # the weight is held constant, so that only a fixed ratio has this gradient
         free = normal(3, 5).requires_grad_()
         (found,) = torch.autograd.grad(losses(ACTIONS)[name](free, old, gains)[0], free)
         weight = (free.detach() - old).exp().clamp(0.8, 1.3)
+        if name == "gammas":
+            ratio = ((free.detach() - old) * ACTIONS).sum(1, keepdim=True).exp()
+            good, bad = ratio**2 * torch.exp(3 - 3 * ratio), ratio**3 * torch.exp(2 - 2 * ratio)
+            weight = torch.where(gains >= 0, good, bad)
         torch.testing.assert_close(found, -(weight * gains * ACTIONS), rtol=1e-12, atol=0)
         return
     loss = losses(ACTIONS)[name]

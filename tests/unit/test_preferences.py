@@ -64,6 +64,7 @@ PAIRS: dict[str, tuple[dict[str, Any], Scalar, bool]] = {
     ),
     "nca": ({}, lambda c, r, p: cost(0.5 * c) + 0.5 * cost(-0.5 * c) + 0.5 * cost(-0.5 * r), False),
     "sppo": ({}, lambda c, r, p: (c - 2 * (p - 0.5)) ** 2 + (r - 2 * (0.5 - p)) ** 2, True),
+    "bco_pair": ({"baseline": LOG3}, lambda c, r, p: cost(0.5 * c - LOG3) + cost(LOG3 - 0.5 * r), False),
     "apo_zero": ({}, lambda c, r, p: 1 - sigmoid(0.5 * c) + sigmoid(0.5 * r), False),
     "apo_down": ({}, lambda c, r, p: sigmoid(0.5 * c) + 1 - sigmoid(0.5 * (c - r)), False),
     "discopop": (
@@ -91,6 +92,7 @@ GOLDEN = {
     "exo": 0.9 * math.log(6 / 5) + 0.1 * math.log(2 / 5),
     "nca": 1.5 * QUARTER + 0.5 * math.log(4),
     "sppo": 2 * (2 * LOG3 - 1) ** 2,
+    "bco_pair": math.log(2) + NOUGHT,
     "apo_zero": 0.5,
     "apo_down": 0.85,
     "discopop": 0.1 * NOUGHT + 0.1,
@@ -150,7 +152,7 @@ def test_b9_swapping_the_answers_is_the_opposite_preference(name: str) -> None:
     share = torch.rand(6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     here, there = loss_of(name, chosen, rejected, share), loss_of(name, rejected, chosen, 1 - share)
     torch.testing.assert_close(here[0], there[0], rtol=1e-12, atol=1e-12)
-    for figure in ("accuracy", "margin"):
+    for figure in here[1]:
         torch.testing.assert_close(here[1][figure], there[1][figure])
     tie = loss_of(name, chosen, rejected, 0.5)[1]
     assert (tie["accuracy"], tie["margin"]) == (3, 0)
@@ -172,6 +174,7 @@ def test_b8_starts() -> None:
         "ipo": (preferences.ipo(zero, zero, beta), 1 / (4 * beta**2)),
         "sppo": (preferences.sppo(zero, zero, beta), 1 / (2 * beta**2)),
         "nca": (preferences.nca(zero, zero, beta), 2 * math.log(2)),
+        "bco_pair": (preferences.bco_pair(zero, zero, beta, 0.0), 2 * math.log(2)),
         "apo_zero": (preferences.apo_zero(zero, zero, beta), 1),
         "apo_down": (preferences.apo_down(zero, zero, beta), 1),
         "discopop": (preferences.discopop(zero, zero, beta), (math.log(2) + 1) / 2),
@@ -180,11 +183,13 @@ def test_b8_starts() -> None:
         "bco": (preferences.bco(zero, torch.tensor([False]), 0.0, beta), math.log(2)),
         "orpo": (preferences.orpo(zero - 1, zero - 1, beta), 1 + beta * math.log(2)),
         "simpo": (preferences.simpo(zero - 1, zero - 1, beta, 0.7), math.log(1 + math.exp(0.7))),
+        "alphapo": (preferences.alphapo(zero - 1, zero - 1, beta, 0.7, 0.3), math.log(1 + math.exp(0.7))),
     }
     for name, ((loss, stats), start) in starts.items():
         assert loss.item() == pytest.approx(start, rel=1e-6), name
         assert stats["accuracy"] == 0.5, name
-    assert preferences.aot(zero, zero, beta, 0.2).item() == pytest.approx(math.log(2))
+    for transport in (preferences.aot, preferences.aot_unpaired):
+        assert transport(zero, zero, beta, 0.2).item() == pytest.approx(math.log(2))
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -193,6 +198,31 @@ def test_b24_gradients_of_pairs(name: str) -> None:
     assert torch.autograd.gradcheck(lambda c, r: loss_of(name, c, r)[0], (chosen, rejected))
     _, stats = loss_of(name, chosen, rejected)
     assert not any(value.requires_grad for value in stats.values())
+
+
+def test_s2_10_alphapo_by_hand_by_the_loop_and_b24() -> None:
+    # Probabilities of 1/4 and 1/9 with alpha 1/2: rewards of (1 - 2) * 2 and (1 - 3) * 2, so the lead is 2.
+    given = double(math.log(1 / 4)), double(math.log(1 / 9))
+    loss, stats = preferences.alphapo(*given, LOG3, LOG3, 0.5)
+    assert loss.item() == pytest.approx(QUARTER, rel=1e-12)
+    assert (stats["margin"].item(), stats["chosen_reward"].item()) == pytest.approx((2 * LOG3, -2 * LOG3))
+    chosen, rejected = -normal(2, 9, seed=5).abs()
+    for alpha in (0.3, -0.4):
+        slow = 0.0
+        for c, r in zip(chosen.tolist(), rejected.tolist(), strict=True):
+            lead = 2 * ((1 - math.exp(c) ** -alpha) / alpha - (1 - math.exp(r) ** -alpha) / alpha) - 0.7
+            slow += 0.9 * cost(lead) + 0.1 * cost(-lead)
+        function = lambda c, r, a=alpha: preferences.alphapo(c, r, 2.0, 0.7, a, 0.1)[0]  # noqa: E731
+        assert function(chosen, rejected).item() == pytest.approx(slow, rel=1e-12)
+        assert torch.autograd.gradcheck(function, (chosen.requires_grad_(), rejected.requires_grad_()))
+    near = preferences.alphapo(chosen, rejected, 2.0, 0.7, 1e-9)[0]
+    torch.testing.assert_close(near, preferences.simpo(chosen, rejected, 2.0, 0.7)[0], rtol=1e-7, atol=0)
+
+
+def test_nothing_flows_to_the_baseline_of_bco_pair() -> None:
+    baseline = double(0.2).requires_grad_()
+    preferences.bco_pair(normal(3).requires_grad_(), normal(3), 0.5, baseline)[0].backward()
+    assert baseline.grad is None
 
 
 def test_orpo_is_finite_at_both_ends() -> None:
@@ -219,6 +249,25 @@ def test_aot_by_hand_and_by_sorting() -> None:
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
     moved = preferences.aot(margins[order], reference, 0.5, 0.2)
     torch.testing.assert_close(moved, preferences.aot(margins, reference, 0.5, 0.2)[order])
+
+
+def test_s2_08_unpaired_aot_by_hand_and_by_sorting() -> None:
+    # Sorted: -1, 0, 2 meet -1, 1, 1, so the leads are 0, -1, 1; the losses stand where the chosen answers do.
+    losses = preferences.aot_unpaired(double(2, -1, 0), double(1, 1, -1), LOG3, 0.0)
+    assert losses.tolist() == pytest.approx([QUARTER, math.log(2), math.log(4)])
+    chosen, rejected = normal(2, 9, seed=6)
+    slow = sum(
+        0.8 * cost(0.5 * (c - r)) + 0.2 * cost(-0.5 * (c - r))
+        for c, r in zip(sorted(chosen.tolist()), sorted(rejected.tolist()), strict=True)
+    )
+    found = preferences.aot_unpaired(chosen, rejected, 0.5, 0.2)
+    assert found.sum().item() == pytest.approx(slow)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(preferences.aot_unpaired(chosen[order], rejected, 0.5, 0.2), found[order])
+    torch.testing.assert_close(preferences.aot_unpaired(chosen, rejected[order], 0.5, 0.2), found)
+    weight = normal(9, seed=4)
+    function = lambda c, r: (weight * preferences.aot_unpaired(c, r, 0.5, 0.2)).sum()  # noqa: E731
+    assert torch.autograd.gradcheck(function, (chosen.requires_grad_(), rejected.requires_grad_()))
 
 
 def test_b24_gradient_of_aot() -> None:

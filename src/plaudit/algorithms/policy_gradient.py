@@ -27,10 +27,21 @@ from plaudit.algorithms.base import Stats
 from plaudit.algorithms.on_policy import Completion, OnPolicyAlgorithm
 from plaudit.batch import Batch
 from plaudit.data import Order
-from plaudit.losses import clipped_surrogate, clipped_weight, reinforce, sequence_surrogate
+from plaudit.losses import clipped_surrogate, reinforce, sequence_surrogate
 from plaudit.numerics import standardise
 from plaudit.policy import Output
-from plaudit.settings.policy_gradient import DAPO, GRPO, RLOO, VPG, Clipped, PolicyGradient, ReinforcePP, Reusing
+from plaudit.settings.policy_gradient import (
+    DAPO,
+    GRPO,
+    GSPO,
+    RLOO,
+    VPG,
+    Clipped,
+    Grouped,
+    PolicyGradient,
+    ReinforcePP,
+    Reusing,
+)
 
 IN_LOSS = {"k2": kl_k2, "k3": kl_k3, "straight_through": kl_straight_through}
 
@@ -269,12 +280,18 @@ class LeaveOneOut(BySequence, ReusingAlgorithm):
 
 
 class GroupRelative(ReusingAlgorithm):
-    """Advantages within each group, over its spread; the clipped objective of PPO. What the GRPO family shares."""
+    """Advantages within each group, over its spread. What the GRPO family shares."""
 
-    settings: GRPO
+    settings: Grouped
 
     def credit(self, batch: Batch, rewards: Tensor) -> Tensor:
         return everywhere(group_standardised(rewards.sum(1), self.settings.group), batch)
+
+
+class ClippedGroupRelative(GroupRelative):
+    """With the clipped objective of PPO."""
+
+    settings: GRPO
 
     def objective(self, output: Output, batch: Batch) -> tuple[Tensor, Stats]:
         return clipped_surrogate(
@@ -283,12 +300,13 @@ class GroupRelative(ReusingAlgorithm):
             batch.advantages,
             batch.actions,
             bounds(self.settings),
+            dual_clip=self.settings.dual_clip,
             share=self.share(batch),
             counted=self.counted(batch),
         )
 
 
-class GroupRelativePolicyOptimisation(BySequence, GroupRelative):
+class GroupRelativePolicyOptimisation(BySequence, ClippedGroupRelative):
     """GRPO (Shao et al. 2024, arXiv:2402.03300), eq. 3: the mean over completions of their tokens' means."""
 
 
@@ -302,22 +320,28 @@ class GroupRelativeDoneRight(GroupRelativePolicyOptimisation):
         return batch.actions / self.settings.max_new_tokens
 
 
-class GroupSequencePolicyOptimisation(GroupRelativePolicyOptimisation):
+class GroupSequencePolicyOptimisation(BySequence, GroupRelative):
     """GSPO (Zheng et al. 2025, arXiv:2507.18071), eq. 5: a completion has one ratio, the mean one of its tokens."""
+
+    settings: GSPO
 
     def objective(self, output: Output, batch: Batch) -> tuple[Tensor, Stats]:
         clip = bounds(self.settings)
         return sequence_surrogate(output.logprobs, batch.logprobs, batch.advantages, batch.actions, clip, mean=True)
 
 
-class ClippedWeights(GroupRelative):
-    """CISPO (MiniMax 2025, arXiv:2506.13585), eq. 4: the mean over tokens, none of which loses its gradient."""
+class LengthUnbiased(GroupSequencePolicyOptimisation):
+    """LUSPO (arXiv:2602.05261): GSPO in which each completion counts as many times as it has tokens."""
+
+    def share(self, batch: Batch) -> Tensor:
+        return batch.actions.float()
 
     def objective(self, output: Output, batch: Batch) -> tuple[Tensor, Stats]:
-        return clipped_weight(output.logprobs, batch.logprobs, batch.advantages, batch.actions, bounds(self.settings))
+        given = output.logprobs, batch.logprobs, batch.advantages, batch.actions, bounds(self.settings)
+        return sequence_surrogate(*given, mean=True, share=self.share(batch).sum(1))
 
 
-class DynamicSampling(GroupRelative):
+class DynamicSampling(ClippedGroupRelative):
     """DAPO (Yu et al. 2025, arXiv:2503.14476), eq. 8: the mean over tokens, of prompts that teach something."""
 
     settings: DAPO

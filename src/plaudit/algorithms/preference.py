@@ -137,6 +137,10 @@ class PreferenceLearning(FromData):
         kept = self.totals(batch.reference_logprobs, batch).detach()
         return self.totals(logprobs, batch) - kept
 
+    def average_ratios(self, logprobs: Tensor | None, batch: Batch) -> Tensor:
+        """(B,) log-ratios, averaged over the tokens of each answer."""
+        return self.ratios(logprobs, batch) / batch.actions.sum(1).clamp(min=1)
+
     # ---------------------------------------------------------------------------------------------------- evaluation
 
     def heldout(self) -> Batch:
@@ -196,6 +200,13 @@ class RobustDirectPreference(Paired):
         return preferences.robust_dpo(chosen, rejected, self.settings.beta, preference, smoothing)
 
 
+class NormalisedDirectPreference(DirectPreference):
+    """DPO on log-ratios averaged over the tokens of each answer (Lambert et al. 2024, Tülu 3, arXiv:2411.15124)."""
+
+    def read(self, logprobs: Tensor, batch: Batch) -> Tensor:
+        return self.average_ratios(logprobs, batch)
+
+
 class IdentityPreference(Paired):
     """IPO, see `preferences.ipo`."""
 
@@ -207,7 +218,7 @@ class AveragedIdentityPreference(IdentityPreference):
     """IPO on log-ratios averaged over the tokens of each answer."""
 
     def read(self, logprobs: Tensor, batch: Batch) -> Tensor:
-        return self.ratios(logprobs, batch) / batch.actions.sum(1).clamp(min=1)
+        return self.average_ratios(logprobs, batch)
 
 
 class HingePreference(Paired):
@@ -260,58 +271,17 @@ class DiscoveredPreference(Paired):
         return preferences.discopop(chosen, rejected, self.settings.beta, self.settings.tau)
 
 
-class OptimalTransport(Paired):
-    """AOT, see `preferences.aot`: the k-th margin of the whole batch meets the k-th reference margin.
-
-    Which of them meet is settled over all micro-batches and processes before any gradient is taken. Each row then knows
-    the slope of the loss to its log-probability and what the loss is, so that the parts add up to both.
-    """
-
-    def prepared(self, batch: Batch) -> Batch:
-        own, kept = self.margins(self.over(batch, self.policy).logprobs, batch)
-        start = sum(self.world.gather([len(own)])[: self.world.rank])
-        pairs = torch.tensor(self.world.gather(torch.stack([own, kept], 1).tolist()), dtype=torch.float64)
-        everyone = pairs[:, 0].clone().requires_grad_()
-        losses = preferences.aot(everyone, pairs[:, 1], self.settings.beta, self.settings.label_smoothing)
-        (slopes,) = torch.autograd.grad(losses.sum(), everyone)
-        mine = slice(start, start + len(own))
-        slope, value = slopes[mine].to(own), losses.detach()[mine].to(own)
-        weights = torch.stack([slope, -slope], 1).flatten()
-        baselines = torch.stack([value - slope * own, torch.zeros_like(value)], 1).flatten()
-        return replace(batch, weights=weights, baselines=baselines)
-
-    def loss(self, batch: Batch) -> tuple[Tensor, Stats]:
-        assert batch.weights is not None
-        assert batch.baselines is not None
-        logprobs = self.model(batch).logprobs
-        total = (batch.weights.detach() * self.totals(logprobs, batch) + batch.baselines.detach()).sum()
-        return total, self.figures(logprobs, batch)
-
-    def objective(self, logprobs: Tensor, batch: Batch) -> tuple[Tensor, Stats]:
-        own, kept = self.margins(logprobs, batch)
-        losses = preferences.aot(own, kept, self.settings.beta, self.settings.label_smoothing)
-        return losses.sum(), self.figures(logprobs, batch)
-
-    def margins(self, logprobs: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(P,) chosen less rejected, of the policy and of the reference."""
-        own, kept = self.totals(logprobs, batch), self.totals(batch.reference_logprobs, batch).detach()
-        return own[0::2] - own[1::2], kept[0::2] - kept[1::2]
-
-    def figures(self, logprobs: Tensor, batch: Batch) -> Stats:
-        """The statistics of pairs."""
-        rewards = self.settings.beta * self.ratios(logprobs, batch)
-        return preferences.pair_figures(rewards[0::2], rewards[1::2])
-
-
 # ------------------------------------------------------------------------------------------------- no reference
 
 
 class ContrastivePreference(Paired):
-    """CPO, see `preferences.cpo`, and imitation of the chosen answer, averaged over its tokens."""
+    """CPO, see `preferences.cpo`, and imitation of the chosen answer, averaged over its tokens: of each answer of a
+    pair, by as many people as preferred it."""
 
     def objective(self, logprobs: Tensor, batch: Batch) -> tuple[Tensor, Stats]:
+        assert batch.targets is not None
         total, stats = super().objective(logprobs, batch)
-        imitation = -self.averages(logprobs, batch)[0::2].sum()
+        imitation = -(batch.targets * self.averages(logprobs, batch)).sum()
         return total + self.settings.sft_weight * imitation, stats | {"chosen_nll": imitation.detach()}
 
     def read(self, logprobs: Tensor, batch: Batch) -> Tensor:
@@ -331,6 +301,14 @@ class SimplePreference(Paired):
     def pairs(self, chosen: Tensor, rejected: Tensor, preference: Tensor) -> tuple[Tensor, Stats]:
         settings = self.settings
         return preferences.simpo(chosen, rejected, settings.beta, settings.gamma, settings.label_smoothing)
+
+
+class ShapedPreference(SimplePreference):
+    """AlphaPO, see `preferences.alphapo`."""
+
+    def pairs(self, chosen: Tensor, rejected: Tensor, preference: Tensor) -> tuple[Tensor, Stats]:
+        own = self.settings
+        return preferences.alphapo(chosen, rejected, own.beta, own.gamma, own.alpha, own.label_smoothing)
 
 
 class OddsRatio(Paired):

@@ -106,10 +106,10 @@ class RewardModelling(FromData):
         """What `loss` says of these scores (B,)."""
         raise NotImplementedError
 
-    def centred(self, total: Tensor, scores: Tensor, share: Tensor | float) -> Tensor:
-        """The loss with the mean squared score of each unit's texts beside it; `share`, one number or (B,), is how
-        much a row counts in that."""
-        return total + self.settings.centering * (share * scores.square()).sum()
+    def centred(self, total: Tensor, sums: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+        """The loss with the squares of `sums` beside it, weighted: r + r' of each pair, of which the loss itself reads
+        the difference only (Eisenstein et al. 2023, arXiv:2312.09244, eq. 2), or r of a text judged by itself."""
+        return total + self.settings.centering * (weight * sums.square()).sum()
 
     # ----------------------------------------------------------------------------------- scores without gradient
 
@@ -224,7 +224,7 @@ class FromComparisons(RewardModelling):
         assert batch.targets is not None
         preference, margin = batch.targets[0::2].unbind(1)
         total, stats = bradley_terry(scores[0::2], scores[1::2], preference, margin, noise=self.settings.noise)
-        return self.centred(total, scores, 0.5), stats
+        return self.centred(total, scores[0::2] + scores[1::2]), stats
 
     def report(self) -> dict[str, Any]:
         batch, scores = self.heldout_scores()
@@ -253,7 +253,7 @@ class FromRankings(RewardModelling):
     def judge(self, batch: Batch, scores: Tensor) -> tuple[Tensor, Stats]:
         preference, weight = self.pairs(batch)
         total, stats = all_pairs(scores, preference, weight, noise=self.settings.noise)
-        return self.centred(total, scores, weight.sum(1) / 2), stats
+        return self.centred(total, scores[:, None] + scores[None, :], weight.triu(1)), stats
 
     def report(self) -> dict[str, Any]:
         return self.order_found(*self.heldout_scores())
@@ -313,7 +313,7 @@ class FromRatings(RewardModelling):
         assert batch.targets is not None
         preference, weight = self.pairs(batch.targets, batch.targets)
         total, stats = all_pairs(scores, preference, weight, noise=self.settings.noise)
-        return self.centred(total, scores, weight.sum(1) / 2), stats
+        return self.centred(total, scores[:, None] + scores[None, :], weight.triu(1)), stats
 
     def loss(self, batch: Batch) -> tuple[Tensor, Stats]:
         if self.everybody is None:
@@ -325,9 +325,9 @@ class FromRatings(RewardModelling):
         own, other = torch.broadcast_tensors(scores[:, None], others.to(scores.dtype)[None, :])
         given = (tensor.flatten() for tensor in (own, other, preference))
         twice, stats = bradley_terry(*given, noise=self.settings.noise, weight=weight.flatten())
+        twice = self.centred(twice, own + other, weight)
         # Each pair comes twice, once with the gradient of either side: the gradient is whole, the value is halved.
-        total = twice - twice.detach() / 2
-        return self.centred(total, scores, weight.sum(1) / 2), {name: value / 2 for name, value in stats.items()}
+        return twice - twice.detach() / 2, {name: value / 2 for name, value in stats.items()}
 
     def report(self) -> dict[str, Any]:
         batch, scores = self.heldout_scores()

@@ -19,17 +19,17 @@ class WholeRankings(FromRankings):
     """Rankings prompt by prompt instead of pair by pair. The unit is a prompt, unless all its texts are tied."""
 
     def table(self, batch: Batch, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(scores, ranks, mask), each (G, K), prompt by prompt, and (B,) what share of its prompt a row is: 0, and
-        False in the mask, where all texts of a prompt are tied."""
+        """(scores, ranks, mask), each (G, K), prompt by prompt, and (B, B) how much two rows count as a pair of their
+        prompt: 0, and False in the mask, where all texts of a prompt are tied."""
         assert batch.targets is not None
-        compared = self.pairs(batch)[1].any(1)
-        share = compared / (batch.groups[:, None] == batch.groups[None, :]).sum(1)
+        weight = self.pairs(batch)[1]
+        compared = weight.any(1)
         blocks = batch.blocks()
         table, ranks, mask = (
             pad_sequence([values[block] for block in blocks], batch_first=True)
             for values in (scores, batch.targets[:, 0], compared)
         )
-        return table, ranks, mask, share
+        return table, ranks, mask, weight.triu(1)
 
     def report(self) -> dict[str, Any]:
         batch, scores = self.heldout_scores()
@@ -46,18 +46,18 @@ class PlackettLuce(WholeRankings):
     """The likelihood of each whole ranking (Plackett 1975; Luce 1959)."""
 
     def judge(self, batch: Batch, scores: Tensor) -> tuple[Tensor, Stats]:
-        table, ranks, mask, share = self.table(batch, scores)
+        table, ranks, mask, weight = self.table(batch, scores)
         total, stats = plackett_luce(table, ranks, mask)
-        return self.centred(total, scores, share), stats
+        return self.centred(total, scores[:, None] + scores[None, :], weight), stats
 
 
 class BestOf(WholeRankings):
     """The likelihood of the choice of the best (Ziegler et al. 2019, eq. 1), whatever the order of the others."""
 
     def judge(self, batch: Batch, scores: Tensor) -> tuple[Tensor, Stats]:
-        table, ranks, mask, share = self.table(batch, scores)
+        table, ranks, mask, weight = self.table(batch, scores)
         total, stats = best_of(table, _best(ranks, mask), mask)
-        return self.centred(total, scores, share), stats
+        return self.centred(total, scores[:, None] + scores[None, :], weight), stats
 
 
 def _best(ranks: Tensor, mask: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class Regression(Pointwise):
 
     def judge(self, batch: Batch, scores: Tensor) -> tuple[Tensor, Stats]:
         total, stats = squared_error(scores, self.means(batch))
-        return self.centred(total, scores, 1.0), stats
+        return self.centred(total, scores), stats
 
     def report(self) -> dict[str, Any]:
         batch, scores = self.heldout_scores()
@@ -103,7 +103,7 @@ class Binary(Pointwise):
     def judge(self, batch: Batch, scores: Tensor) -> tuple[Tensor, Stats]:
         good, nothing = self.means(batch), torch.zeros_like(scores)
         total, stats = bradley_terry(scores, nothing, good, noise=self.settings.noise)
-        return self.centred(total, scores, 1.0), stats
+        return self.centred(total, scores), stats
 
     def report(self) -> dict[str, Any]:
         batch, scores = self.heldout_scores()

@@ -1,4 +1,4 @@
-"""Learning from single answers that people found good or bad."""
+"""Learning from answers that people found good or bad, one by one: each is compared with what all are compared with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from plaudit import preferences
 from plaudit.algorithms.base import Stats
-from plaudit.algorithms.preference import Answers, PreferenceLearning, rows
+from plaudit.algorithms.preference import Answers, Paired, PreferenceLearning, rows
 from plaudit.batch import Batch, collate
 from plaudit.policy import Policy
 from plaudit.settings import BCO, KTO
@@ -25,10 +25,11 @@ class Unpaired(PreferenceLearning):
     def weight(self, batch: Batch) -> Tensor:
         return torch.tensor(len(batch), device=batch.tokens.device)
 
-    def based(self, batch: Batch, baseline: float) -> Batch:
-        """The batch with one baseline for all its rows."""
-        assert batch.targets is not None
-        return replace(batch, baselines=torch.full_like(batch.targets, baseline))
+
+def based(batch: Batch, baseline: float) -> Batch:
+    """The batch with one baseline for all its rows."""
+    assert batch.targets is not None
+    return replace(batch, baselines=torch.full_like(batch.targets, baseline))
 
 
 class KahnemanTversky(Unpaired):
@@ -43,11 +44,11 @@ class KahnemanTversky(Unpaired):
         mismatched = self.mismatched(self.data, together)[self.world.rank :: self.world.size]
         kl = self.world.sum(self.divergence(mismatched)) / len(together)
         self.notes["kl"] = max(kl, 0.0)
-        return self.based(batch, self.notes["kl"])
+        return based(batch, self.notes["kl"])
 
     def heldout(self) -> Batch:
         kl = self.divergence(self.mismatched(self.held, list(range(len(self.held))))) / len(self.held)
-        return self.based(super().heldout(), max(kl, 0.0))
+        return based(super().heldout(), max(kl, 0.0))
 
     def mismatched(self, items: list[Answers], indices: list[int]) -> list[Answers]:
         """Each prompt with the answer to the nearest other prompt before it, the last being before the first; cut at
@@ -80,19 +81,13 @@ class KahnemanTversky(Unpaired):
         )
 
 
-class BinaryClassifier(Unpaired):
-    """BCO, see `preferences.bco`. `mean` is the running mean of the rewards of all `seen` answers, those of the present
-    batch included, over all processes; `counts` is how much each item of the data counts."""
+class Classifier(PreferenceLearning):
+    """What both forms of BCO share: `mean` is the running mean of the rewards of all `seen` answers, those of the
+    present batch included, over all processes."""
 
-    settings: BCO
-
-    def __init__(self, settings: BCO, world: World, policy: Policy, data: list[Answers], held: list[Answers]) -> None:
+    def __init__(self, settings: Any, world: World, policy: Policy, data: list[Answers], held: list[Answers]) -> None:
         super().__init__(settings, world, policy, data, held)
         self.mean, self.seen = 0.0, 0.0
-        self.counts = self.matched() if settings.match_prompts else torch.ones(len(data))
-
-    def collate(self, indices: list[int]) -> Batch:
-        return replace(super().collate(indices), weights=self.counts[indices])
 
     def prepared(self, batch: Batch) -> Batch:
         rewards = self.settings.beta * self.ratios(self.over(batch, self.policy).logprobs, batch)
@@ -100,17 +95,10 @@ class BinaryClassifier(Unpaired):
         self.seen += count
         self.mean += (total - count * self.mean) / self.seen
         self.notes["reward_mean"] = self.mean
-        return self.based(batch, self.mean)
+        return based(batch, self.mean)
 
     def heldout(self) -> Batch:
-        return self.based(super().heldout(), self.mean)
-
-    def objective(self, logprobs: Tensor, batch: Batch) -> tuple[Tensor, Stats]:
-        assert batch.targets is not None
-        assert batch.baselines is not None
-        weight = 1.0 if batch.weights is None else batch.weights
-        good = batch.targets > 0.5
-        return preferences.bco(self.ratios(logprobs, batch), good, batch.baselines, self.settings.beta, weight)
+        return based(super().heldout(), self.mean)
 
     def state(self) -> dict[str, Any]:
         return super().state() | {"mean": self.mean, "seen": self.seen}
@@ -118,6 +106,35 @@ class BinaryClassifier(Unpaired):
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
         self.mean, self.seen = state["mean"], state["seen"]
+
+
+class PairedBinaryClassifier(Classifier, Paired):
+    """BCO of pairs, see `preferences.bco_pair`."""
+
+    def objective(self, logprobs: Tensor, batch: Batch) -> tuple[Tensor, Stats]:
+        assert batch.baselines is not None
+        ratios = self.ratios(logprobs, batch)
+        return preferences.bco_pair(ratios[0::2], ratios[1::2], self.settings.beta, batch.baselines[0::2])
+
+
+class BinaryClassifier(Classifier, Unpaired):
+    """BCO, see `preferences.bco`. `counts` is how much each item of the data counts."""
+
+    settings: BCO
+
+    def __init__(self, settings: BCO, world: World, policy: Policy, data: list[Answers], held: list[Answers]) -> None:
+        super().__init__(settings, world, policy, data, held)
+        self.counts = self.matched() if settings.match_prompts else torch.ones(len(data))
+
+    def collate(self, indices: list[int]) -> Batch:
+        return replace(super().collate(indices), weights=self.counts[indices])
+
+    def objective(self, logprobs: Tensor, batch: Batch) -> tuple[Tensor, Stats]:
+        assert batch.targets is not None
+        assert batch.baselines is not None
+        weight = 1.0 if batch.weights is None else batch.weights
+        good = batch.targets > 0.5
+        return preferences.bco(self.ratios(logprobs, batch), good, batch.baselines, self.settings.beta, weight)
 
     def matched(self) -> Tensor:
         """(N,) 1 for good answers, and for bad ones how much likelier their prompt is among those of good answers."""

@@ -153,18 +153,28 @@ class ReinforcePP(Clipped):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPO(Clipped):
-    """Group relative policy optimisation: a completion is as good as it is better than others of its prompt."""
+class Grouped(Reusing):
+    """What the GRPO family takes: a completion is as good as it is better than others of its prompt."""
 
-    output: str = "runs/grpo"
-    """Run folder."""
     group: Several = 8
     """Completions of each prompt."""
-    kl: NotNegative = 0.04
+    kl: NotNegative = 0.0
     """Weight of the KL divergence from the reference, in reward per nat; where it is adaptive, its first value."""
     kl_term: Literal["reward", "k2", "k3", "straight_through"] = "k3"
     """Where the divergence counts: in the reward of the tokens that were sampled (k1), or in the loss, estimated by k2,
     by k3, or by k3 with the gradient of k2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPO(Grouped, Clipped):
+    """Group relative policy optimisation: a completion is as good as it is better than others of its prompt."""
+
+    output: str = "runs/grpo"
+    """Run folder."""
+    kl: NotNegative = 0.04
+    """Weight of the KL divergence from the reference, in reward per nat; where it is adaptive, its first value."""
+    dual_clip: NotNegative = 0.0
+    """Where the advantage is negative, ratios beyond this lose no more, as by TRL's `delta`; 0 for no such bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,13 +207,11 @@ class DAPO(GRPO):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GSPO(GRPO):
+class GSPO(Grouped, Clipped):
     """Group sequence policy optimisation: the probability ratio is that of the whole completion."""
 
     output: str = "runs/gspo"
     """Run folder."""
-    kl: NotNegative = 0.0
-    """Weight of the KL divergence from the reference, in reward per nat; where it is adaptive, its first value."""
     clip_low: Annotated[float, Gt(0), Le(1)] = 3e-4
     """Ratios below 1 - clip_low are clipped."""
     clip_high: Positive = 4e-4
@@ -211,13 +219,47 @@ class GSPO(GRPO):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CISPO(GRPO):
+class LUSPO(GSPO):
+    """Length-unbiased sequence policy optimisation: GSPO in which a completion counts as much as it is long."""
+
+    output: str = "runs/luspo"
+    """Run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAPO(Grouped):
+    """Soft adaptive policy optimisation: ratios are not clipped, but weighed down smoothly, the more the further."""
+
+    output: str = "runs/sapo"
+    """Run folder."""
+    temperature_good: Positive = 1.0
+    """How fast tokens of positive advantage lose their gradient as their ratio leaves 1."""
+    temperature_bad: Positive = 1.05
+    """The same for tokens of negative advantage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VESPO(Grouped):
+    """Variational sequence-level soft policy optimisation: each completion weighs w^k exp(-l w), w its ratio."""
+
+    output: str = "runs/vespo"
+    """Run folder."""
+    power_good: NotNegative = 2.0
+    """The power k, where the advantage is not negative: how fast weights fall as ratios fall below 1."""
+    decay_good: Positive = 3.0
+    """The decay l, where the advantage is not negative: how fast weights fall as ratios rise."""
+    power_bad: NotNegative = 3.0
+    """The power k, where the advantage is negative."""
+    decay_bad: Positive = 2.0
+    """The decay l, where the advantage is negative."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CISPO(Grouped, Clipped):
     """Clipped importance-sampling policy optimisation: ratios are clipped, but every token keeps its gradient."""
 
     output: str = "runs/cispo"
     """Run folder."""
-    kl: NotNegative = 0.0
-    """Weight of the KL divergence from the reference, in reward per nat; where it is adaptive, its first value."""
     clip_low: Annotated[float, Gt(0), Le(1)] = 1.0
     """Ratios below 1 - clip_low are clipped; 1 leaves small ratios alone."""
     clip_high: Positive = 4.0

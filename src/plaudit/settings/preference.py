@@ -66,6 +66,17 @@ class RobustDPO(Precomputable):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NormalisedDPO(DPO):
+    """DPO on log-ratios averaged over the tokens of each answer, so that long answers weigh no more than short ones."""
+
+    verb: ClassVar[str] = "dpo_norm"
+    output: str = "runs/dpo_norm"
+    """Run folder."""
+    beta: Positive = 5.0
+    """How much straying from the reference costs, in a token's log-ratio."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class IPO(Precomputable):
     """Identity preference optimisation: a squared loss that stops at a margin, so that sure answers do not run away."""
 
@@ -135,6 +146,24 @@ class AOT(Precomputable):
 
 
 @dataclass(frozen=True, kw_only=True)
+class UnpairedAOT(AOT):
+    """AOT that compares chosen answers with rejected ones as distributions, whichever prompts they answer."""
+
+    verb: ClassVar[str] = "aot_unpaired"
+    output: str = "runs/aot_unpaired"
+    """Run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedBCO(Precomputable):
+    """Binary classifier optimisation of pairs: the implicit reward tells the chosen answer from the rejected one."""
+
+    verb: ClassVar[str] = "bco_pair"
+    output: str = "runs/bco_pair"
+    """Run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class APOZero(Precomputable):
     """Anchored preference optimisation, up and down: for chosen answers better than the model's own."""
 
@@ -201,6 +230,20 @@ class SimPO(Preference):
     """By how much the chosen answer's reward is to lead."""
     label_smoothing: Smoothing = 0.0
     """Share of answers assumed to be the wrong way round."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlphaPO(SimPO):
+    """SimPO whose reward is a power of the probability instead of its logarithm."""
+
+    output: str = "runs/alphapo"
+    """Run folder."""
+    alpha: float = 0.25
+    """Shape of the reward: above 0, it grows more slowly the likelier an answer is; near 0, as in SimPO; not 0."""
+
+    def __post_init__(self) -> None:
+        if self.alpha == 0:
+            raise ValueError("alpha must not be 0: that is `simpo`.")
 
 
 @dataclass(frozen=True, kw_only=True)

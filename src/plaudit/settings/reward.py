@@ -31,7 +31,8 @@ class Reward(Training):
     """Share of answers assumed to be given at random, for `bradley_terry` and `binary` (Christiano et al. 2017 take
     0.1)."""
     centering: NotNegative = 0.0
-    """Weight of the mean squared score, which keeps scores near zero."""
+    """Weight of the mean square of a pair's sum of scores, or of the score of a text judged by itself, which keeps
+    scores near zero (Eisenstein et al. 2023)."""
     minimum_gap: NotNegative = 0.0
     """Ratings whose means differ by less make no pair."""
     report_gap: NotNegative = 1.0
