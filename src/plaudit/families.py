@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from plaudit import data, pairing, sources
 from plaudit.errors import PlauditError
 from plaudit.records import Comparison, Demonstration, Prompt, Ranking, Rating
-from plaudit.run import Run
 from plaudit.settings import ILQL, PPO, SFT, Reward, preference
 from plaudit.settings.common import Training
 from plaudit.settings.online import BestOfN, OnlineDPO
@@ -27,6 +26,9 @@ if TYPE_CHECKING:
 Build = Callable[[Any, "World", "Template", list[Any], list[Any]], "Algorithm"]
 """(settings, world, template, encoded training data, encoded held-out data) -> the algorithm, ready to train."""
 
+Rows = list[dict[str, Any]]
+"""Lines of metrics.jsonl."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -36,7 +38,7 @@ class Family:
     limit    the setting that says how many tokens an item may have
     record   settings -> the kind of record that is read
     encode   records -> items, whose `len` is in tokens
-    figures  what the run's summary says beside its cost
+    figures  the algorithm and the lines of metrics.jsonl -> what the run's summary says beside its cost
     cut      settings and items -> items, where some are to be cut before their length is looked at
     convert  settings, records, and the setting that names these -> records in the form that is learned from, and
              sentences about what was left out
@@ -47,7 +49,7 @@ class Family:
     record: Callable[[Any], type]
     encode: Callable[[list[Any], Template], list[Any]]
     build: Build
-    figures: Callable[[Any, Run], dict[str, Any]]
+    figures: Callable[[Any, Rows], dict[str, Any]]
     cut: Callable[[Any, list[Any]], list[Any]] = lambda settings, items: items
     convert: Callable[[Any, list[Any], str], tuple[list[Any], list[str]]] = lambda _, records, name: (records, [])
 
@@ -337,26 +339,26 @@ def _preference(settings: preference.Preference, world: World, template: Templat
 # --------------------------------------------------------------------------------------------------------- figures
 
 
-def _metric(run: Run, name: str, last: bool) -> float | None:
-    values = [row[name] for row in run.metrics() if name in row]
+def _metric(rows: Rows, name: str, last: bool) -> float | None:
+    values = [row[name] for row in rows if name in row]
     return values[-1 if last else 0] if values else None
 
 
-def _before_and_after(algorithm: Algorithm, run: Run) -> dict[str, Any]:
-    return {name: _metric(run, "heldout_nll", last) for name, last in (("nll_before", False), ("nll_after", True))}
+def _before_and_after(algorithm: Algorithm, rows: Rows) -> dict[str, Any]:
+    return {name: _metric(rows, "heldout_nll", last) for name, last in (("nll_before", False), ("nll_after", True))}
 
 
-def _found(algorithm: Any, run: Run) -> dict[str, Any]:
+def _found(algorithm: Any, rows: Rows) -> dict[str, Any]:
     return dict(algorithm.found)
 
 
-def _reached(algorithm: Algorithm, run: Run) -> dict[str, Any]:
-    figures = {name: _metric(run, name, True) for name in ("score", "kl")}
+def _reached(algorithm: Algorithm, rows: Rows) -> dict[str, Any]:
+    figures = {name: _metric(rows, name, True) for name in ("score", "kl")}
     return {name: value for name, value in figures.items() if value is not None}
 
 
-def _told_apart(algorithm: Algorithm, run: Run) -> dict[str, Any]:
-    figures = {f"preference_{name}": _metric(run, f"heldout_{name}", True) for name in ("loss", "accuracy", "margin")}
+def _told_apart(algorithm: Algorithm, rows: Rows) -> dict[str, Any]:
+    figures = {f"preference_{name}": _metric(rows, f"heldout_{name}", True) for name in ("loss", "accuracy", "margin")}
     return {name: value for name, value in figures.items() if value is not None}
 
 

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from plaudit import checkpoint
 from plaudit.errors import PlauditError
 from plaudit.trainer import Trainer
+from plaudit.watching import check_there
 
 console = Console(stderr=True, soft_wrap=True)
 _SHOWN = ("loss", "score", "accuracy", "kl", "heldout_nll", "heldout_accuracy")
@@ -68,6 +69,7 @@ class Progressing:
 
     def end(self, trainer: Trainer) -> None:
         if trainer.world.is_main:
+            self._tell(trainer)
             self.bar.stop()
 
     def _tell(self, trainer: Trainer) -> None:
@@ -137,13 +139,18 @@ class Evaluating:
     def begin(self, trainer: Trainer) -> None:
         # A run that was killed between its last step and its end still owes its last figures.
         last = trainer.step == trainer.steps and not trainer.owed
-        if last or (trainer.step == 0 and trainer.algorithm.evaluates_first):
+        watched = trainer.settings.watch
+        if last or (trainer.step == 0 and (trainer.algorithm.evaluates_first or watched)):
             self._evaluate(trainer)
+        if watched and trainer.step == 0:
+            check_there(watched, trainer.figures)
 
     def after_step(self, trainer: Trainer) -> None:
         every = trainer.settings.evaluate_every
         if trainer.step == trainer.steps or (every and trainer.step % every == 0):
             self._evaluate(trainer)
+            if trainer.settings.watch:
+                trainer.observe()
 
     def end(self, trainer: Trainer) -> None: ...
 

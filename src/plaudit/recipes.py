@@ -21,6 +21,7 @@ from plaudit.settings import SFT, Reward
 from plaudit.settings.common import Common, Machine, Training
 from plaudit.settings.policy_gradient import VPG, OnPolicy
 from plaudit.settings.scratch import Scratch, described
+from plaudit.watching import check_watch
 
 if TYPE_CHECKING:
     from plaudit.templates import Template
@@ -109,7 +110,8 @@ def _fit(settings: Training, loaded: Data, run: Run, world: World | None) -> Non
                     "seconds": trainer.seconds_before + time.perf_counter() - started,
                     "peak_memory_mb": machine.peak_memory_mb(),
                     "tokens_per_second": trainer.tokens / max(trainer.seconds, 1e-9),
-                    **family.figures(algorithm, run),
+                    **family.figures(algorithm, [row for row in run.metrics() if row["step"] <= trainer.chosen]),
+                    **({"best_step": trainer.chosen} if settings.save_best else {}),
                 }
             )
         world.barrier()
@@ -155,6 +157,7 @@ def prepare(settings: Training) -> tuple[Training, Data]:
     else:
         checks.check_model(settings.model)
     checks.check_processes(settings.batch_size, machine.processes()[1])
+    check_watch(settings)
     if isinstance(settings, OnPolicy):
         checks.check_rewards(listed(settings.rewards))
         checks.check_rollout(settings.rollout, settings.batch_size, settings.group, once=isinstance(settings, VPG))

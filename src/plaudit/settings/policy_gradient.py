@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from plaudit.settings.common import Count, CountOrNone, NotNegative, Positive, Share, Training
+from plaudit.settings.common import Count, CountOrNone, NotNegative, Positive, Schedule, Share, Training
 from plaudit.settings.rewards import ShapedRewards
 from plaudit.settings.sampling import Sampling
 
@@ -23,8 +23,8 @@ class OnPolicy(Sampling, ShapedRewards, Training):
     """At most so many held-out prompts are completed at an evaluation."""
     batch_size: Count = 64
     """Completions that one optimizer step sees, over all processes."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What the learning rate does after the warm-up."""
+    schedule: Schedule = "constant"
+    """What the learning rate does after the warm-up: see `sft`."""
     rollout: Count = 64
     """Completions that are sampled before the policy moves, over all processes."""
     group: Count = 1
