@@ -113,6 +113,13 @@ def asked_of(records: list[Prompt], template: Template) -> list[Asked]:
     return [Asked(record, template.prompt(record.prompt)) for record in records]
 
 
+def shortened(settings: Any, asked: list[Asked]) -> list[Asked]:
+    """Prompts without their beginning where that is too much and is to be cut."""
+    if settings.long_prompts == "drop":
+        return asked
+    return [replace(one, ids=one.ids[-settings.max_prompt_tokens :]) for one in asked]
+
+
 def _judged(records: list[Any], template: Template) -> list[Any]:
     from plaudit.algorithms.reward import Judged
 
@@ -283,6 +290,7 @@ def _on_policy(settings: OnPolicy, world: World, template: Template, *items: lis
         clip=settings.reward_clip,
         normalise=settings.reward_normalise,
         scale=settings.reward_scale,
+        moments=settings.reward_moments,
         precision=world.precision,
         device=world.device,
         tokens_per_pass=settings.tokens_per_pass,
@@ -382,5 +390,5 @@ FAMILIES: dict[type, Family] = {
     preference.KTO: _SINGLE,
     preference.BCO: _SINGLE,
     preference.RRHF: _RANKED,
-    OnPolicy: Family("prompt", "max_prompt_tokens", lambda _: Prompt, asked_of, _on_policy, _reached),
+    OnPolicy: Family("prompt", "max_prompt_tokens", lambda _: Prompt, asked_of, _on_policy, _reached, shortened),
 }

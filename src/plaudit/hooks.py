@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,11 @@ class Progressing:
     def after_step(self, trainer: Trainer) -> None:
         if not trainer.world.is_main:
             return
+        if trainer.figures.get("kl", 0.0) < -1:
+            trainer.messages.append(
+                f"step {trainer.step}: kl is estimated at {trainer.figures['kl']:.3g}, and no divergence is negative: "
+                "training may be failing. Look at the samples, lower the learning rate, or raise rollout."
+            )
         self._tell(trainer)
         rate = f"{trainer.tokens / max(trainer.seconds, 1e-9):,.0f} tokens/s"
         self.figures |= trainer.figures
@@ -131,6 +137,25 @@ class Tracker:
     def close(self) -> None:
         if self.client is not None:
             self.client.close() if self.kind == "tensorboard" else self.client.finish()
+
+
+class Sparing:
+    """Tells when memory ran out and passes became smaller, and has it kept for a run that goes on."""
+
+    def __init__(self, keep: Callable[[int], None]) -> None:
+        self.keep = keep
+
+    def begin(self, trainer: Trainer) -> None:
+        self.tokens = trainer.algorithm.tokens_per_pass
+
+    def after_step(self, trainer: Trainer) -> None:
+        tokens = trainer.algorithm.tokens_per_pass
+        if tokens < self.tokens:
+            trainer.messages.append(f"memory ran out: passes have {tokens} tokens from now on, not {self.tokens}")
+            self.tokens = tokens
+            self.keep(tokens)
+
+    def end(self, trainer: Trainer) -> None: ...
 
 
 class Evaluating:

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from plaudit import checks, config, data, machine, sources
 from plaudit.errors import PlauditError
-from plaudit.families import asked_of
+from plaudit.families import asked_of, shortened
 from plaudit.recipes import left_out, listed, opened, start_world
 from plaudit.records import Loaded, Prompt
 from plaudit.run import Run, write_atomically
 from plaudit.settings import Evaluate, Sample
-from plaudit.settings.common import Common
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -92,11 +91,12 @@ def _named(policies: Sequence[str]) -> dict[str, str]:
     return named
 
 
-def _asked(settings: Common, template: Template, loaded: Loaded[Prompt], chosen: list[Prompt]) -> list[Asked]:
+def _asked(settings: Any, template: Template, loaded: Loaded[Prompt], chosen: list[Prompt]) -> list[Asked]:
     """Prompts as token ids; the terminal is told what was left out."""
     from plaudit.hooks import tell
 
-    asked, notes = data.within(asked_of(chosen, template), len, settings.max_prompt_tokens, "prompt")
+    asked = shortened(settings, asked_of(chosen, template))
+    asked, notes = data.within(asked, len, settings.max_prompt_tokens, "prompt")
     for note in (*left_out(loaded), *notes):
         tell(note)
     return asked

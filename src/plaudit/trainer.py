@@ -206,11 +206,17 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------- one step
 
     def _gradients(self, algorithm: Algorithm, batch: Batch) -> None:
+        """Gradients and figures of a batch, in as many parts as memory asks for."""
+        algorithm.fitting(batch, lambda: self._take_gradients(algorithm, batch))
+
+    def _take_gradients(self, algorithm: Algorithm, batch: Batch) -> None:
         """Gradients of the loss per unit, where units are counted over all micro-batches and processes first."""
+        algorithm.policy.zero_grad()  # of parts that were done when memory ran out
+        algorithm.begin(batch)
         units = self.world.sum(algorithm.weight(batch))
         total = units.clamp(min=1e-12)
         sums: dict[str, Tensor] = {}
-        parts = list(algorithm.policy.parts(batch, self.settings.tokens_per_pass))
+        parts = list(algorithm.policy.parts(batch, algorithm.tokens_per_pass))
         for number, (part, _) in enumerate(parts, 1):
             with self.world.synchronised(algorithm.model, number == len(parts)):
                 with self.world.autocast():
@@ -233,14 +239,17 @@ class Trainer:
             self.figures["learning_rate"] = self._set_learning_rate()
             if algorithm.weight_decay is not None:
                 self._set_weight_decay(algorithm.weight_decay)
-            if not self._idle:  # or what moved the policy would be momentum and weight decay alone
+            objection = algorithm.objection(self.figures)
+            if objection:
+                self.messages.append(f"step {self.step + 1}: {objection}, so nothing is learned from it")
+            elif not self._idle:  # or what moved the policy would be momentum and weight decay alone
                 self.optimizer.step()
             self.skipped = 0
         else:
             self._not_finite(batch)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.figures |= algorithm.notes
+        self.figures = algorithm.notes | self.figures
         algorithm.notes = {}
         algorithm.after_step(self.step)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from plaudit.errors import PlauditError
 from plaudit.settings.common import Training
 
-HIGHER = ("accuracy", "accuracy_best", "accuracy_one_rater", "margin", "score")
-LOWER = ("loss", "nll", "mse", "td", "calibration_error")
+HIGHER = ("accuracy", "accuracy_best", "margin", "pearson", "score", "spearman")
+LOWER = ("calibration_error", "loss", "mse", "nll", "td")
 """Held-out figures of which more is better, and less. The only place that says so."""
 
 

@@ -112,7 +112,8 @@ def test_s4_18_final_is_the_policy_that_had_the_best_figure(at, tmp_path, script
         assert torch.equal(parameter.detach(), best[name]), name
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["best_step"], summary["steps"], summary["nll_after"]) == (2, 5, 7.0)
-    last = plaudit.train(examples.settings("sft", at, tmp_path / "last", **{**changes, "save_best": False, "watch": ""}))
+    last = {**changes, "save_best": False, "watch": ""}
+    last = plaudit.train(examples.settings("sft", at, tmp_path / "last", **last))
     assert watched.final(last.folder) != watched.final(folder)
     short = {**changes, "steps": 2, "schedule": "constant", "warmup": 0.0}
     short = plaudit.train(examples.settings("sft", at, tmp_path / "short", **short))

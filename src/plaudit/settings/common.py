@@ -45,6 +45,24 @@ class Common(Machine):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ByColumn:
+    """What verbs take whose held-out figures may be told apart by a column of the data."""
+
+    eval_by: str = ""
+    """Column by whose values held-out figures are reported too, such as language: heldout_accuracy/de."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Following:
+    """What every algorithm with a reference takes."""
+
+    reference_every: CountOrNone = 0
+    """Steps after each of which the reference moves towards the policy; 0 leaves it where it is."""
+    reference_share: Annotated[float, Gt(0), Le(1)] = 0.6
+    """How far it moves then: the reference becomes (1 - share) reference + share policy."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Training(Common):
     """What every verb that trains takes."""
 

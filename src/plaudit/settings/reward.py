@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Lt
 
-from plaudit.settings.common import Count, NotNegative, Positive, Training
+from plaudit.settings.common import ByColumn, Count, NotNegative, Positive, Training
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reward(Training):
+class Reward(ByColumn, Training):
     """A reward model from comparisons, rankings or ratings."""
 
     output: str = "runs/reward"
