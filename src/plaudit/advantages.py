@@ -20,6 +20,11 @@ def kl_k1(logprobs: Tensor, reference: Tensor) -> Tensor:
     return logprobs - reference.detach()
 
 
+def kl_abs(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """|log pi - log ref|, of the shape of both: no divergence, but a price on every departure (TRL 0.7's `abs`)."""
+    return kl_k1(logprobs, reference).abs()
+
+
 def kl_k2(logprobs: Tensor, reference: Tensor) -> Tensor:
     """(log pi - log ref)^2 / 2, of the shape of both: biased, but its gradient is that of KL(pi || ref) in
     expectation (Schulman 2020, k2)."""
@@ -87,13 +92,19 @@ def last_action(actions: Tensor) -> Tensor:
 
 
 def kl_shaped_rewards(
-    scores: Tensor, logprobs: Tensor, reference: Tensor, actions: Tensor, coefficient: float
+    scores: Tensor,
+    logprobs: Tensor,
+    reference: Tensor,
+    actions: Tensor,
+    coefficient: float,
+    divergence: Tensor | None = None,
 ) -> Tensor:
-    """scores (B,) and (B, T) streams -> (B, T) rewards: -coefficient * k1 at each action, and the score at the last.
+    """scores (B,) and (B, T) streams -> (B, T) rewards: -coefficient * divergence (B, T), by default k1, at each
+    action, and the score at the last.
 
     Ziegler et al. 2019 (arXiv:1909.08593), eq. 2, token by token. A row without actions earns nothing.
     """
-    penalty = coefficient * kl_k1(logprobs, reference).detach()
+    penalty = coefficient * (kl_k1(logprobs, reference) if divergence is None else divergence).detach()
     rewards = torch.where(actions, -penalty, torch.zeros_like(penalty))
     earned = torch.where(actions.any(1), scores.detach().to(rewards.dtype), torch.zeros_like(rewards[:, 0]))
     return rewards.scatter_add(1, last_action(actions)[:, None], earned[:, None])

@@ -145,6 +145,12 @@ def free_on(device: torch.device) -> int | None:
     return None if free_here is None else free_here // processes
 
 
+def ran_out(error: RuntimeError) -> bool:
+    """Whether PyTorch says with this error that there is no more memory."""
+    said = ("DefaultCPUAllocator", "MPS backend out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
+
+
 def tokens_that_fit(free: int | None, needs: Needs, kind: str) -> int:
     """How many tokens a pass may have where `free` bytes are free before the model is loaded, on a device of this kind
     (cpu, cuda): a multiple of 256 within `LIMITS`; `UNKNOWN` where nobody says what is free."""

@@ -85,7 +85,7 @@ def save(
     """
     if keep < 1:
         raise PlauditError(f"{folder}: keep = {keep} would remove the checkpoint just written; it must be at least 1.")
-    final = folder / f"step-{step:06d}"
+    final = named(folder, step)
     if final.is_symlink() or (final.exists() and not final.is_dir()):
         raise PlauditError(f"{final} is not a folder, so no checkpoint can be written there; move it away.")
     temporary = folder / f".{final.name}.tmp-{os.getpid()}"
@@ -109,6 +109,11 @@ def save(
             f"({error}); correct the rights of the folder or remove it by hand."
         ) from error
     return final
+
+
+def named(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step-{step:06d}"
 
 
 def latest(folder: Path) -> tuple[Path | None, list[str]]:

@@ -228,12 +228,16 @@ def check_learning_from_samples(settings: OnPolicy) -> None:
     """Raises PlauditError for settings of an algorithm that samples which exclude each other or leave nothing."""
     if settings.reward_normalise and settings.reward_scale:
         raise PlauditError("reward_normalise takes the mean off, reward_scale leaves it: choose one of them.")
+    if settings.reward_moments == "first" and not (settings.reward_normalise or settings.reward_scale):
+        raise PlauditError("reward_moments: nothing is divided by them: set reward_scale or reward_normalise.")
     if isinstance(settings, ReinforcePP) and settings.baseline == "group" and settings.group == 1:
         raise PlauditError("baseline: a group of one has no others to compare with: raise group, or take none.")
     if isinstance(settings, PPO) and 0 < settings.dual_clip <= 1:
         raise PlauditError(f"dual_clip is {settings.dual_clip:g}: give more than 1, or 0 for no such bound.")
     if not isinstance(settings, PolicyGradient):
         return
+    if settings.compare_samples and not settings.penalised:
+        raise PlauditError("compare_samples: without a KL term there is no reference to compare with: raise kl.")
     if settings.kl_target and settings.kl_budget:
         raise PlauditError("kl_target holds the divergence, kl_budget only bounds it: choose one of them.")
     if settings.kl_target and not settings.kl:
@@ -253,6 +257,21 @@ def check_reference(reference: str, lora_rank: int) -> None:
         )
     if reference:
         check_model(reference)
+
+
+def check_following(settings: Any) -> None:
+    """Raises PlauditError where a reference is to move and there is none that could."""
+    if not settings.reference_every:
+        return
+    if settings.lora_rank:
+        why = "an adapter's reference is the model under it, which never moves: leave reference_every out, or lora_rank"
+    elif getattr(settings, "precompute_reference", False):
+        why = "what was computed before cannot follow: leave precompute_reference out"
+    elif isinstance(settings, PolicyGradient) and not settings.penalised:
+        why = "without a KL term there is no reference: raise kl"
+    else:
+        return
+    raise PlauditError(f"reference_every: {why}.")
 
 
 def check_processes(batch_size: int, processes: int) -> None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from plaudit import data, pairing, sources
 from plaudit.errors import PlauditError
 from plaudit.records import Comparison, Demonstration, Prompt, Ranking, Rating
-from plaudit.run import Run
 from plaudit.settings import ILQL, PPO, SFT, Reward, policy_gradient, preference
 from plaudit.settings.common import Training
 from plaudit.settings.online import BestOfN, OnlineDPO
@@ -28,6 +27,9 @@ if TYPE_CHECKING:
 Build = Callable[[Any, "World", "Template", list[Any], list[Any]], "Algorithm"]
 """(settings, world, template, encoded training data, encoded held-out data) -> the algorithm, ready to train."""
 
+Rows = list[dict[str, Any]]
+"""Lines of metrics.jsonl."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -37,7 +39,7 @@ class Family:
     limit    the setting that says how many tokens an item may have
     record   settings -> the kind of record that is read
     encode   records -> items, whose `len` is in tokens
-    figures  what the run's summary says beside its cost
+    figures  the algorithm and the lines of metrics.jsonl -> what the run's summary says beside its cost
     cut      settings, items, template -> items, where some are to be cut before their length is looked at
     convert  settings, records, and the setting that names these, "" where they may come to nothing -> records in the
              form that is learned from, and sentences about what was left out
@@ -48,7 +50,7 @@ class Family:
     record: Callable[[Any], type]
     encode: Callable[[list[Any], Template], list[Any]]
     build: Build
-    figures: Callable[[Any, Run], dict[str, Any]]
+    figures: Callable[[Any, Rows], dict[str, Any]]
     cut: Callable[[Any, list[Any], Template], list[Any]] = lambda settings, items, template: items
     convert: Callable[[Any, list[Any], str], tuple[list[Any], list[str]]] = lambda _, records, name: (records, [])
 
@@ -116,14 +118,17 @@ def _long_enough(settings: Asking, records: list[Prompt], name: str) -> tuple[li
     return data.long_enough(records, settings.min_prompt_characters, name)
 
 
-def shortened(settings: Asking, asked: list[Asked], template: Template) -> list[Asked]:
-    """Prompts cut as `prompt_tokens` says. Raises PlauditError for a conversation, which cannot be cut."""
-    if not settings.prompt_tokens:
-        return asked
-    from numpy.random import default_rng
+def shortened(settings: Any, asked: list[Asked], template: Template) -> list[Asked]:
+    """Prompts cut to so many first tokens as `prompt_tokens` draws, and, where `long_prompts` says so, to as many last
+    ones as may be read. Raises PlauditError for a conversation, whose end cannot be cut off."""
+    if settings.prompt_tokens:
+        from numpy.random import default_rng
 
-    counts = default_rng(settings.seed).integers(*settings.prompt_tokens, len(asked), endpoint=True).tolist()
-    return [item.first(count, template) for item, count in zip(asked, counts, strict=True)]
+        counts = default_rng(settings.seed).integers(*settings.prompt_tokens, len(asked), endpoint=True).tolist()
+        asked = [item.first(count, template) for item, count in zip(asked, counts, strict=True)]
+    if settings.long_prompts == "drop":
+        return asked
+    return [replace(one, ids=one.ids[-settings.max_prompt_tokens :]) for one in asked]
 
 
 def _judged(records: list[Any], template: Template) -> list[Any]:
@@ -300,6 +305,7 @@ def _on_policy(settings: OnPolicy, world: World, template: Template, *items: lis
         clip=settings.reward_clip,
         normalise=settings.reward_normalise,
         scale=settings.reward_scale,
+        moments=settings.reward_moments,
         precision=world.precision,
         device=world.device,
         tokens_per_pass=settings.tokens_per_pass,
@@ -360,26 +366,26 @@ def _preference(settings: preference.Preference, world: World, template: Templat
 # --------------------------------------------------------------------------------------------------------- figures
 
 
-def _metric(run: Run, name: str, last: bool) -> float | None:
-    values = [row[name] for row in run.metrics() if name in row]
+def _metric(rows: Rows, name: str, last: bool) -> float | None:
+    values = [row[name] for row in rows if name in row]
     return values[-1 if last else 0] if values else None
 
 
-def _before_and_after(algorithm: Algorithm, run: Run) -> dict[str, Any]:
-    return {name: _metric(run, "heldout_nll", last) for name, last in (("nll_before", False), ("nll_after", True))}
+def _before_and_after(algorithm: Algorithm, rows: Rows) -> dict[str, Any]:
+    return {name: _metric(rows, "heldout_nll", last) for name, last in (("nll_before", False), ("nll_after", True))}
 
 
-def _found(algorithm: Any, run: Run) -> dict[str, Any]:
+def _found(algorithm: Any, rows: Rows) -> dict[str, Any]:
     return dict(algorithm.found)
 
 
-def _reached(algorithm: Algorithm, run: Run) -> dict[str, Any]:
-    figures = {name: _metric(run, name, True) for name in ("score", "kl")}
+def _reached(algorithm: Algorithm, rows: Rows) -> dict[str, Any]:
+    figures = {name: _metric(rows, name, True) for name in ("score", "kl")}
     return {name: value for name, value in figures.items() if value is not None}
 
 
-def _told_apart(algorithm: Algorithm, run: Run) -> dict[str, Any]:
-    figures = {f"preference_{name}": _metric(run, f"heldout_{name}", True) for name in ("loss", "accuracy", "margin")}
+def _told_apart(algorithm: Algorithm, rows: Rows) -> dict[str, Any]:
+    figures = {f"preference_{name}": _metric(rows, f"heldout_{name}", True) for name in ("loss", "accuracy", "margin")}
     return {name: value for name, value in figures.items() if value is not None}
 
 

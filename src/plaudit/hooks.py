@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from plaudit import checkpoint
 from plaudit.errors import PlauditError
 from plaudit.trainer import Trainer
+from plaudit.watching import check_there
 
 console = Console(stderr=True, soft_wrap=True)
 _SHOWN = ("loss", "score", "accuracy", "kl", "heldout_nll", "heldout_accuracy")
@@ -55,6 +57,11 @@ class Progressing:
     def after_step(self, trainer: Trainer) -> None:
         if not trainer.world.is_main:
             return
+        if trainer.figures.get("kl", 0.0) < -1:
+            trainer.messages.append(
+                f"step {trainer.step}: kl is estimated at {trainer.figures['kl']:.3g}, and no divergence is negative: "
+                "training may be failing. Look at the samples, lower the learning rate, or raise rollout."
+            )
         self._tell(trainer)
         rate = f"{trainer.tokens / max(trainer.seconds, 1e-9):,.0f} tokens/s"
         self.figures |= trainer.figures
@@ -68,6 +75,7 @@ class Progressing:
 
     def end(self, trainer: Trainer) -> None:
         if trainer.world.is_main:
+            self._tell(trainer)
             self.bar.stop()
 
     def _tell(self, trainer: Trainer) -> None:
@@ -132,19 +140,43 @@ class Tracker:
             self.client.close() if self.kind == "tensorboard" else self.client.finish()
 
 
+class Sparing:
+    """Tells when memory ran out and passes became smaller, and has it kept for a run that goes on."""
+
+    def __init__(self, keep: Callable[[int], None]) -> None:
+        self.keep = keep
+
+    def begin(self, trainer: Trainer) -> None:
+        self.tokens = trainer.algorithm.tokens_per_pass
+
+    def after_step(self, trainer: Trainer) -> None:
+        tokens = trainer.algorithm.tokens_per_pass
+        if tokens < self.tokens:
+            trainer.messages.append(f"memory ran out: passes have {tokens} tokens from now on, not {self.tokens}")
+            self.tokens = tokens
+            self.keep(tokens)
+
+    def end(self, trainer: Trainer) -> None: ...
+
+
 class Evaluating:
     """Held-out figures before the first step, every so many steps, and after the last."""
 
     def begin(self, trainer: Trainer) -> None:
         # A run that was killed between its last step and its end still owes its last figures.
         last = trainer.step == trainer.steps and not trainer.owed
-        if last or (trainer.step == 0 and trainer.algorithm.evaluates_first):
+        watched = trainer.settings.watch
+        if last or (trainer.step == 0 and (trainer.algorithm.evaluates_first or watched)):
             self._evaluate(trainer)
+        if watched and trainer.step == 0:
+            check_there(watched, trainer.figures)
 
     def after_step(self, trainer: Trainer) -> None:
         every = trainer.settings.evaluate_every
         if trainer.step == trainer.steps or (every and trainer.step % every == 0):
             self._evaluate(trainer)
+            if trainer.settings.watch:
+                trainer.observe()
 
     def end(self, trainer: Trainer) -> None: ...
 

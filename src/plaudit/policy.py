@@ -36,7 +36,8 @@ from plaudit.numerics import at_actions, before_actions, likeliest, logprobs_of,
 
 class Output(NamedTuple):
     """What `Policy.forward` was asked for: logprobs, entropy, values, target_q (B, T) and q, q_logprobs (B, T, 2), zero
-    outside actions; hits (B, T), True where an action is the likeliest token; scores (B,)."""
+    outside actions; hits (B, T), True where an action is the likeliest token; origins (B, T, d), the states that they
+    were chosen from; scores (B,)."""
 
     logprobs: Tensor | None = None
     entropy: Tensor | None = None
@@ -46,6 +47,7 @@ class Output(NamedTuple):
     q_logprobs: Tensor | None = None
     target_q: Tensor | None = None
     hits: Tensor | None = None
+    origins: Tensor | None = None
 
 
 class _Replay(nn.Module):
@@ -139,6 +141,7 @@ class Policy(nn.Module):
         scores: bool = False,
         worth: bool = False,
         hits: bool = False,
+        origins: bool = False,
     ) -> Output:
         """Runs the backbone once and returns what was asked for; `worth` is all that `heads` say of the actions."""
         if self.own_head:
@@ -161,22 +164,28 @@ class Policy(nn.Module):
             if spread is not None:
                 result = result._replace(entropy=at_actions(spread, batch.actions))
         if hits:
-            targets = batch.tokens[batch.actions]
-            if logits is None:
-                head = self.backbone.get_output_embeddings()
-                found = likeliest(hidden.index_select(0, before), head.weight, targets, head.bias)
-            else:
-                found = logits.index_select(0, before).argmax(1) == targets
+            found = self._likeliest(hidden, logits, before, batch.tokens[batch.actions])
             result = result._replace(hits=at_actions(found, batch.actions))
         if values and self.value is not None:
             result = result._replace(values=at_actions(_scalar(self.value, hidden[before]), batch.actions))
         if worth and self.heads is not None:
             judged = self.heads(hidden.index_select(0, before), batch.tokens[batch.actions])
             result = result._replace(**{name: _spread(each, batch.actions) for name, each in judged._asdict().items()})
+        if origins:
+            kept = hidden.new_zeros(*batch.actions.shape, hidden.shape[-1])
+            kept[batch.actions] = hidden.index_select(0, before)
+            result = result._replace(origins=kept)
         if scores:
             last = layout.where.gather(1, self._scored(batch)[:, None]).squeeze(1)
             result = result._replace(scores=_scalar(self.backbone.score, hidden[last]) - self._score_offset)
         return result
+
+    def _likeliest(self, hidden: Tensor, logits: Tensor | None, before: Tensor, targets: Tensor) -> Tensor:
+        """(N,) whether each target is the likeliest token."""
+        if logits is not None:
+            return logits.index_select(0, before).argmax(1) == targets
+        head = self.backbone.get_output_embeddings()
+        return likeliest(hidden.index_select(0, before), head.weight, targets, head.bias)
 
     def _classified(self, batch: Batch) -> Tensor:
         """(B,) what the model's own head makes of whole rows, from which padding is hidden."""
@@ -217,6 +226,13 @@ class Policy(nn.Module):
         then (Snell et al. 2022, arXiv:2206.11871, section 4.3)."""
         heads, guidance = self.heads, self.guidance
         return (lambda states: guidance * heads.advantages(states)) if heads is not None and guidance else None
+
+    def distribution(self, states: Tensor) -> Tensor:
+        """(N, d) of `Output.origins` -> (N, V) log-probabilities of all tokens. Raises PlauditError for a model whose
+        logits are not those of its head alone."""
+        if not self.plain_head:
+            raise PlauditError("kl_term: this model's logits cannot be told from its states: take another than full.")
+        return torch.log_softmax(self._logits(states) / self.temperature, -1)
 
     def _logits(self, states: Tensor) -> Tensor:
         """(N, d) -> (N, V) all logits."""
@@ -329,14 +345,30 @@ class Policy(nn.Module):
         if other is not None:
             self._check_trunk(other)
         self.begins_at_reference = other is None
-        learning = nn.ModuleDict({"all": of.backbone})
-        if self.frozen:
-            top = nn.ModuleList(list(layers_of(of.base))[self.frozen :])
-            learning = nn.ModuleDict({"layers": top, "tail": nn.ModuleDict(tail_of(of.base))})
-        kept = copy.deepcopy(learning).requires_grad_(False).eval()
+        kept = copy.deepcopy(of._kept_of_reference()).requires_grad_(False).eval()
         if self.autocasts:
             store_linears(kept, torch.bfloat16)
         self._reference = [kept]
+
+    def _kept_of_reference(self) -> nn.ModuleDict:
+        """What a reference has of its own: all, or what comes after the frozen layers."""
+        if not self.frozen:
+            return nn.ModuleDict({"all": self.backbone})
+        top = nn.ModuleList(list(layers_of(self.base))[self.frozen :])
+        return nn.ModuleDict({"layers": top, "tail": nn.ModuleDict(tail_of(self.base))})
+
+    @torch.no_grad()
+    def move_reference(self, share: float) -> None:
+        """The reference becomes (1 - share) times itself plus share times this policy."""
+        own = self._kept_of_reference()
+        for theirs, mine in zip(self.reference.parameters(), own.parameters(), strict=True):
+            theirs.copy_(torch.lerp(theirs.to(mine.dtype), mine, share))
+
+    @property
+    def reference(self) -> nn.Module:
+        """What the reference that is kept has of its own."""
+        kept: nn.Module = self._reference[0]
+        return kept
 
     def _check_trunk(self, other: Policy) -> None:
         theirs = dict(other.backbone.named_parameters())

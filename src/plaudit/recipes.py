@@ -18,9 +18,10 @@ from plaudit.families import family_of
 from plaudit.records import Demonstration, Loaded
 from plaudit.run import Run, write_atomically
 from plaudit.settings import SFT, Reward
-from plaudit.settings.common import Common, Machine, Training
+from plaudit.settings.common import ByColumn, Common, Following, Machine, Training
 from plaudit.settings.policy_gradient import VPG, OnPolicy
 from plaudit.settings.scratch import Scratch, described
+from plaudit.watching import check_watch
 
 if TYPE_CHECKING:
     from plaudit.templates import Template
@@ -109,13 +110,19 @@ def _fit(settings: Training, loaded: Data, run: Run, world: World | None) -> Non
     template = template_of(settings)
     loaded = encode(settings, template, loaded)
     settings = settled(settings, run.folder, world)
-    if world.is_main:
-        kept = {"precision": world.precision, "tokens_per_pass": settings.tokens_per_pass}
+
+    def keep(tokens: int) -> None:
+        kept = {"precision": world.precision, "tokens_per_pass": tokens}
         write_atomically(run.folder / FOUND, json.dumps(kept) + "\n")
+
+    if world.is_main:
+        keep(settings.tokens_per_pass)
     family = family_of(settings)
     algorithm = family.build(settings, world, template, loaded.training, loaded.held)
+    algorithm.held_by = loaded.held_by
     named = config.verb_of(type(settings))
-    trainer = Trainer(run, world, settings, [hooks.Evaluating(), hooks.Logging(), hooks.Progressing(named)])
+    beside = [hooks.Sparing(keep), hooks.Evaluating(), hooks.Logging(), hooks.Progressing(named)]
+    trainer = Trainer(run, world, settings, beside)
     trainer.messages += loaded.notes + algorithm.remarks
 
     def finish() -> None:
@@ -129,7 +136,8 @@ def _fit(settings: Training, loaded: Data, run: Run, world: World | None) -> Non
                     "seconds": trainer.seconds_before + time.perf_counter() - started,
                     "peak_memory_mb": machine.peak_memory_mb(),
                     "tokens_per_second": trainer.tokens / max(trainer.seconds, 1e-9),
-                    **family.figures(algorithm, run),
+                    **family.figures(algorithm, [row for row in run.metrics() if row["step"] <= trainer.chosen]),
+                    **({"best_step": trainer.chosen} if settings.save_best else {}),
                 }
             )
         world.barrier()
@@ -157,11 +165,13 @@ def opened(settings: Common, free: Collection[str]) -> Iterator[Run]:
 
 @dataclasses.dataclass
 class Data:
-    """Records to train on and to hold out, and sentences about what was left out."""
+    """Records to train on and to hold out, the latter also by the values of a column, and sentences about what was left
+    out."""
 
     training: list[Any]
     held: list[Any]
     notes: list[str]
+    held_by: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
 
 
 def prepare(settings: Training) -> tuple[Training, Data]:
@@ -175,11 +185,14 @@ def prepare(settings: Training) -> tuple[Training, Data]:
     else:
         checks.check_model(settings.model)
     checks.check_processes(settings.batch_size, machine.processes()[1])
+    check_watch(settings)
     if isinstance(settings, OnPolicy):
         checks.check_rewards(checks.listed(settings.rewards))
         checks.check_rollout(settings.rollout, settings.batch_size, settings.group, once=isinstance(settings, VPG))
         checks.check_learning_from_samples(settings)
         checks.check_reference(getattr(settings, "reference", ""), settings.lora_rank)
+    if isinstance(settings, Following):
+        checks.check_following(settings)
     loaded = load_records(settings)
     if isinstance(settings, Reward):
         checks.check_data(settings.normalise_on)
@@ -209,7 +222,21 @@ def load_records(settings: Training) -> Data:
     training, more = family.convert(settings, chosen, "data")
     held, of_held = family.convert(settings, held, name)
     notes += more + [f"held out: {note}" for note in of_held]
-    return Data(training, held[: settings.eval_limit], notes)
+    held = held[: settings.eval_limit]
+    by = _by_value(held, settings.eval_by) if isinstance(settings, ByColumn) and settings.eval_by else {}
+    return Data(training, held, notes, by)
+
+
+def _by_value(records: list[Any], column: str) -> dict[str, list[Any]]:
+    """Records by what their column holds, in the order of its values. Raises PlauditError if none has such a column."""
+    found: dict[str, list[Any]] = {}
+    for record in records:
+        if column in record.columns:
+            found.setdefault(str(record.columns[column]), []).append(record)
+    if not found:
+        there = ", ".join(sorted({name for record in records for name in record.columns})) or "no other columns"
+        raise PlauditError(f"eval_by: no held-out row has a column {column!r}: they have {there}.")
+    return dict(sorted(found.items()))
 
 
 def _held_out(records: list[Any], share: float) -> tuple[list[Any], list[Any]]:
@@ -257,7 +284,8 @@ def settled(settings: Training, folder: Path, world: World) -> Training:
         kept = found_before(folder)
         if settings.precision == "auto":
             precision = kept.get("precision", precision)
-        tokens = tokens or kept.get("tokens_per_pass", 0)
+        # Fewer than were asked for, if memory ran out since.
+        tokens = min(filter(None, (tokens, kept.get("tokens_per_pass", 0))), default=0)
         if not tokens:
             needs = budget.needs_of(settings, precision)
             tokens = budget.tokens_that_fit(budget.free_on(world.device), needs, world.device.type)
@@ -326,9 +354,15 @@ def encode(settings: Training, template: Template, loaded: Data) -> Data:
     leaves nothing to train on."""
     family = family_of(settings)
     limit = getattr(settings, family.limit)
-    training, held = (
-        family.cut(settings, family.encode(part, template), template) for part in (loaded.training, loaded.held)
-    )
-    training, notes = data.within(training, len, limit, family.unit)
-    held, more = data.within(held[: settings.eval_limit], len, limit, f"held-out {family.unit}", needed=False)
-    return Data(training, held, loaded.notes + notes + more)
+
+    def encoded(records: list[Any]) -> list[Any]:
+        return family.cut(settings, family.encode(records, template), template)
+
+    def readable(records: list[Any]) -> tuple[list[Any], list[str]]:
+        items = encoded(records)[: settings.eval_limit]
+        return data.within(items, len, limit, f"held-out {family.unit}", needed=False)
+
+    training, notes = data.within(encoded(loaded.training), len, limit, family.unit)
+    held, more = readable(loaded.held)
+    by = {value: readable(records)[0] for value, records in loaded.held_by.items()}
+    return Data(training, held, loaded.notes + notes + more, by)

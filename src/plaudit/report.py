@@ -152,7 +152,7 @@ def _section(stage: Stage) -> dict[str, Any] | None:
     facts = {name: value for name, value in stage.facts.items() if is_number(value)}
     if stage.models:  # said in the outcome
         facts = {name: value for name, value in facts.items() if name in COST}
-    figures = [*curves(stage), *_reliability(stage)]
+    figures = [*curves(stage), *_reliability(stage), *_margins(stage)]
     if not (facts.keys() - COST or figures or stage.config or stage.samples):
         return None
     return {
@@ -330,6 +330,25 @@ def _reliability(stage: Stage) -> list[Figure]:
     error = stage.facts.get("calibration_error")
     ends = [("calibration error", number(error))] if is_number(error) else []
     return [Figure("Reliability", "observed over predicted", draw(244, 8, paint), ends)]
+
+
+def _margins(stage: Stage) -> list[Figure]:
+    """By how much the text that people prefer leads, pair by pair."""
+    rows = stage.facts.get("margins")
+    if not rows:
+        return []
+    counts, edges = [row["count"] for row in rows], [rows[0]["from"], *(row["to"] for row in rows)]
+    wrong = sum(row["count"] for row in rows if row["to"] <= 0)
+
+    def paint(axes: Any) -> None:
+        axes.stairs(counts, edges, fill=True, color=AFTER, alpha=0.35, linewidth=0)
+        axes.stairs(counts, edges, color=AFTER, linewidth=1.2)
+        axes.axvline(0, color=MUTED, linewidth=0.8, dashes=(3, 3))
+        _ticks(axes, "x")
+        _ticks(axes, "y", whole=True)
+
+    ends = [("wrong", f"{wrong:,} of {sum(counts):,}")] if edges[0] < 0 else []
+    return [Figure("Margin", "lead of the text that people prefer; pairs", draw(190, 8, paint), ends)]
 
 
 def _histograms(stage: Stage) -> list[Figure]:

@@ -163,12 +163,13 @@ class Rewards:
         clip: float = 0.0,
         normalise: bool = False,
         scale: bool = False,
+        moments: str = "running",
     ) -> None:
         if weights and len(weights) != len(sources):
             raise PlauditError(f"reward_weights: {len(weights)} weights for {len(sources)} rewards.")
         self.sources, self.weights = dict(sources), list(weights) or [1.0] * len(sources)
         self.clip, self.normalise, self.scale = clip, normalise, scale
-        self.moments = RunningMoments()
+        self.moments, self.running = RunningMoments(), moments == "running"
 
     def __call__(
         self,
@@ -226,9 +227,11 @@ class Rewards:
         return [long if short.count(brief) > 1 else brief for long, brief in zip(names, short, strict=True)]
 
     def shaped(self, raw: Tensor, everywhere: Tensor) -> Tensor:
-        """Raw rewards as the algorithm learns from them; those of all processes move the running moments."""
+        """Raw rewards as the algorithm learns from them; those of all processes move the moments, which are running
+        ones or those of the first call."""
         if self.normalise or self.scale:
-            self.moments = self.moments.updated(everywhere)
+            if self.running or not self.moments.count:
+                self.moments = self.moments.updated(everywhere)
             spread = self.moments.std if self.moments.std > 1e-8 else 1.0  # all alike so far: nothing to scale by
             raw = (raw - (self.moments.mean if self.normalise else 0.0)) / spread
         return raw.clamp(-self.clip, self.clip) if self.clip else raw
@@ -308,6 +311,7 @@ def load_rewards(
     clip: float = 0.0,
     normalise: bool = False,
     scale: bool = False,
+    moments: str = "running",
     precision: str = "float32",
     device: torch.device | None = None,
     tokens_per_pass: int = 4096,
@@ -338,7 +342,7 @@ def load_rewards(
             sources[spec] = load_function(spec)
         else:
             sources[spec] = _load_model(spec, precision, device, tokens_per_pass)
-    return Rewards(sources, weights, clip, normalise, scale)
+    return Rewards(sources, weights, clip, normalise, scale, moments)
 
 
 def _load_model(name: str, precision: str, device: torch.device, tokens_per_pass: int) -> ModelReward:

@@ -92,7 +92,8 @@ class Run:
 
         `settings` is the resolved configuration, `verb` included. When the folder holds a configuration, only the
         settings named in `free` may differ from it, and the new ones are written. Raises
-        PlauditError when others differ, when another process holds the folder, and when it can't be written.
+        PlauditError when others differ, when another process holds the folder, when it holds files of somebody else's,
+        and when it can't be written.
         """
         folder = Path(folder)
         run = cls(folder, _locked(folder))
@@ -175,6 +176,9 @@ class Run:
 
 def _locked(folder: Path) -> int:
     """Make the folder and hold it: the system frees the lock when the process ends, however it ends."""
+    ours = any((folder / name).exists() for name in (".lock", "config.yaml"))
+    if not ours and folder.is_dir() and any(folder.iterdir()):
+        raise PlauditError(f"{folder} holds files that no run of plaudit left there; choose another --output.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
@@ -20,6 +22,7 @@ from plaudit.batch import Batch
 from plaudit.errors import PlauditError, SharedError
 from plaudit.run import Run
 from plaudit.settings.common import Training
+from plaudit.watching import Watch, higher_is_better
 from plaudit.world import World
 
 
@@ -48,6 +51,7 @@ class Trainer:
     step      optimizer steps that are done
     figures   the statistics of the last step, per unit
     owed      whether the hooks have not yet finished with the last step
+    watch     what the held-out figure `settings.watch` has come to
     """
 
     def __init__(self, run: Run, world: World, settings: Training, hooks: Sequence[Hook] = ()) -> None:
@@ -61,6 +65,7 @@ class Trainer:
         self.figures: dict[str, float] = {}
         self.messages: list[str] = []
         self.owed = False
+        self.watch = Watch()
         self._signal = 0
         self._interruptible = False
         self._idle = False  # whether the batch at hand has nothing to learn from
@@ -87,6 +92,7 @@ class Trainer:
                     # Between two optimizer steps nothing but the snapshot and the weights counts, and both are whole.
                     self.save()
                     raise
+                self._return_to_best()
                 finish()
                 if self._signal:
                     raise Interrupted(self._signal, self.step)
@@ -123,8 +129,36 @@ class Trainer:
                 hook.after_step(self)
         self.owed = False
         every = self.settings.save_every
-        if every and self.step % every == 0 and self.step < self.steps:
+        best = self.settings.save_best and self.watch.best_step == self.step
+        if self.step < self.steps and (best or (every and self.step % every == 0)):
             self.save()
+
+    def observe(self) -> None:
+        """Takes note of the figure that is watched, and ends the run if it has not got better for long enough."""
+        settings = self.settings
+        if self.step > self.watch.step:  # or the hooks are called again after a mistake in one of them
+            value = self.world.share(self.figures[settings.watch])
+            self.watch = self.watch.seen(value, self.step, higher_is_better(settings.watch), settings.drop_after)
+        self._end_early()
+
+    def _end_early(self) -> None:
+        if self.settings.patience and self.watch.since >= self.settings.patience and self.step < self.steps:
+            self.steps = self.step
+            self.messages.append(
+                f"ends after step {self.step}: {self.settings.watch} has not got better in {self.watch.since} "
+                f"evaluations, since step {self.watch.best_step}"
+            )
+
+    @property
+    def chosen(self) -> int:
+        """The step whose policy is the final one."""
+        return self.watch.best_step if self.settings.save_best and self.watch.best_step else self.step
+
+    def _return_to_best(self) -> None:
+        if self.chosen < self.step:
+            self._restored(checkpoint.named(self.run.checkpoints, self.chosen))
+            self.algorithm.evaluate()
+            self.messages.append(f"final is the policy of step {self.chosen}, the best by {self.settings.watch}")
 
     @contextmanager
     def _saving_on_error(self) -> Iterator[None]:
@@ -172,11 +206,17 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------- one step
 
     def _gradients(self, algorithm: Algorithm, batch: Batch) -> None:
+        """Gradients and figures of a batch, in as many parts as memory asks for."""
+        algorithm.fitting(batch, lambda: self._take_gradients(algorithm, batch))
+
+    def _take_gradients(self, algorithm: Algorithm, batch: Batch) -> None:
         """Gradients of the loss per unit, where units are counted over all micro-batches and processes first."""
+        algorithm.policy.zero_grad()  # of parts that were done when memory ran out
+        algorithm.begin(batch)
         units = self.world.sum(algorithm.weight(batch))
         total = units.clamp(min=1e-12)
         sums: dict[str, Tensor] = {}
-        parts = list(algorithm.policy.parts(batch, self.settings.tokens_per_pass))
+        parts = list(algorithm.policy.parts(batch, algorithm.tokens_per_pass))
         for number, (part, _) in enumerate(parts, 1):
             with self.world.synchronised(algorithm.model, number == len(parts)):
                 with self.world.autocast():
@@ -199,14 +239,17 @@ class Trainer:
             self.figures["learning_rate"] = self._set_learning_rate()
             if algorithm.weight_decay is not None:
                 self._set_weight_decay(algorithm.weight_decay)
-            if not self._idle:  # or what moved the policy would be momentum and weight decay alone
+            objection = algorithm.objection(self.figures)
+            if objection:
+                self.messages.append(f"step {self.step + 1}: {objection}, so nothing is learned from it")
+            elif not self._idle:  # or what moved the policy would be momentum and weight decay alone
                 self.optimizer.step()
             self.skipped = 0
         else:
             self._not_finite(batch)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.figures |= algorithm.notes
+        self.figures = algorithm.notes | self.figures
         algorithm.notes = {}
         algorithm.after_step(self.step)
 
@@ -225,11 +268,17 @@ class Trainer:
         self.messages.append(f"{where}: loss or gradient not finite, step skipped")
 
     def _set_learning_rate(self) -> float:
-        """Computed from the step, so that no scheduler has a state to save."""
+        """Computed from the step and the watched figure, so that no scheduler has a state of its own to save."""
         settings = self.settings
         warmup = round(settings.warmup * self.steps)
         share = (self.step - warmup) / max(self.steps - warmup, 1)
-        falling = {"constant": 1.0, "linear": 1 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share))}
+        falling = {
+            "constant": 1.0,
+            "linear": 1 - share,
+            "cosine": 0.5 * (1 + math.cos(math.pi * share)),
+            "step": settings.drop_factor ** ((self.step - warmup) // settings.drop_every),
+            "plateau": settings.drop_factor**self.watch.drops,
+        }
         factor = (self.step + 1) / (warmup + 1) if self.step < warmup else falling[settings.schedule]
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
@@ -258,12 +307,13 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of the last finished step."""
         owed = {"figures": self.figures, "shown": self.algorithm.shown} if self.owed else None
-        everywhere = self.world.gather([self._kept | {"owed": owed}])
+        everywhere = self.world.gather([self._kept | {"owed": owed, "watch": asdict(self.watch)}])
         if self.world.is_main:
             learning = {name: p.detach() for name, p in self._learning.items()}
             tree = {"ranks": everywhere, "policy": learning, "optimizer": self.optimizer.state_dict()}
             tensors, state = checkpoint.pack(tree)
-            checkpoint.save(self.run.checkpoints, self._kept["step"], tensors, state, keep=self.settings.keep)
+            best = self.watch.best_step if self.settings.save_best else None
+            checkpoint.save(self.run.checkpoints, self._kept["step"], tensors, state, self.settings.keep, best)
         self.world.barrier()
 
     def _resume(self) -> None:
@@ -271,22 +321,29 @@ class Trainer:
         self.messages += skipped
         if path is None:
             return
+        tree, mine = self._restored(path)
+        self.optimizer.load_state_dict(tree["optimizer"])
+        self.step, self.tokens, self.seconds = mine["step"], mine["tokens"], mine["seconds"]
+        self.skipped, self.seconds_before = mine["skipped"], mine["seconds"]
+        self.watch = Watch(**mine["watch"])
+        checkpoint.restore_random_states(mine["random"])
+        self.owed = mine["owed"] is not None
+        if self.owed:
+            self.figures, self.algorithm.shown = mine["owed"]["figures"], mine["owed"]["shown"]
+        self.messages.append(f"goes on from step {self.step}")
+        self._end_early()
+
+    def _restored(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A checkpoint and this process's part of it, its weights and its algorithm's state taken up."""
         tree = checkpoint.unpack(*checkpoint.load(path))
         if set(self._learning) != set(tree["policy"]):
             raise PlauditError(f"{path} was saved from another model or another set of trained weights.")
         with torch.no_grad():
             for name, parameter in self._learning.items():
                 parameter.copy_(tree["policy"][name])
-        self.optimizer.load_state_dict(tree["optimizer"])
         mine = tree["ranks"][self.world.rank % len(tree["ranks"])]
-        self.step, self.tokens, self.seconds = mine["step"], mine["tokens"], mine["seconds"]
-        self.skipped, self.seconds_before = mine["skipped"], mine["seconds"]
         self.algorithm.restore(mine["algorithm"])
-        checkpoint.restore_random_states(mine["random"])
-        self.owed = mine["owed"] is not None
-        if self.owed:
-            self.figures, self.algorithm.shown = mine["owed"]["figures"], mine["owed"]["shown"]
-        self.messages.append(f"goes on from step {self.step}")
+        return tree, mine
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

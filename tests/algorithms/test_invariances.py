@@ -59,8 +59,8 @@ def case(request, at, tmp_path_factory):
 def gradient(case, batch, tokens=10**9):
     """The trainer's own gradient of a batch, as one vector, its figures, and how many parts the batch was cut into."""
     algorithm, settings, _ = case
-    trainer = Trainer(None, algorithm.world, dataclasses.replace(settings, tokens_per_pass=tokens))
-    algorithm.policy.zero_grad()
+    trainer = Trainer(None, algorithm.world, settings)
+    algorithm.tokens_per_pass = tokens
     trainer._gradients(algorithm, batch)
     grads = [p.grad for p in algorithm.policy.learning().values() if p.grad is not None]
     assert grads

@@ -105,8 +105,6 @@ def slope(algorithm, arms, rewards):
     loss, _ = algorithm.loss(batch)
     (found,) = torch.autograd.grad(loss / algorithm.weight(batch), policy.logits)
     algorithm.position += 1
-    if hasattr(algorithm, "moved"):
-        algorithm.moved.clear()
     return found
 
 

@@ -579,8 +579,8 @@ FAULTS = [
     Fault(
         "KL in reward and loss",
         "algorithms/policy_gradient.py",
-        "weight if in_reward else 0.0)",
-        "weight)",
+        "shaping = weight if in_reward else 0.0",
+        "shaping = weight",
     ),
     Fault(
         "the moving baseline forgets too fast",
@@ -728,9 +728,9 @@ FAULTS = [
     Fault(
         "clipped before it is normalised",
         "rewards.py",
-        "if self.normalise or self.scale:\n            self.moments",
+        "if self.normalise or self.scale:\n            if self.running",
         "raw = raw.clamp(-self.clip, self.clip) if self.clip else raw\n"
-        "        if self.normalise or self.scale:\n            self.moments",
+        "        if self.normalise or self.scale:\n            if self.running",
     ),
     Fault(
         "the moments of one process alone",
@@ -749,8 +749,8 @@ FAULTS = [
     Fault(
         "held-out loss of one row after the other",
         "algorithms/sft.py",
-        'return {"heldout_nll": float(total / count)',
-        'return {"heldout_nll": float(total / len(batch))',
+        'return {"nll": float(total / count)',
+        'return {"nll": float(total / len(batch))',
     ),
     Fault("a row is a unit", "algorithms/sft.py", "return batch.actions.sum()", "return batch.actions.any(1).sum()"),
     Fault(

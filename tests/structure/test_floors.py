@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2] / "src" / "plaudit"
 FLOORS = {
-    0: "errors records turns memory pairing rows config settings run checks machine feedback statistics __init__",
+    0: "errors records turns memory pairing rows config settings run checks machine watching feedback statistics "
+    "__init__",
     1: "batch numerics losses advantages preferences offline_losses",
     2: "templates data attention layout layers fused backbone reference heads policy loading decoding slots sampler "
     "rewards sources world scratch seq2seq speed budget",

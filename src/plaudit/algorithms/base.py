@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from plaudit import machine
 from plaudit.batch import Batch
+from plaudit.budget import ran_out
 from plaudit.data import Order
+from plaudit.errors import PlauditError
 from plaudit.policy import Output, Policy
 from plaudit.world import World
 
 Stats = dict[str, Tensor]
+T = TypeVar("T")
 
 
 class Algorithm:
@@ -21,8 +25,10 @@ class Algorithm:
 
     policy    the module that learns; `model` is what the trainer made of it (wrapped where there are many processes)
     steps     optimizer steps that the run is planned for
+    tokens_per_pass  tokens that go through the model at once at most; fewer once memory has run out
     position  batches handed out so far: raised before a batch is yielded, so that a state saved after its step
               says what comes next
+    held_by   what is held out, once more, by the values of the column `eval_by` if there is one
     notes     figures about the last rollout, logged with the next step
     remarks   sentences for the user about what it begins with
     shown     samples for people to read, written with the next step
@@ -43,6 +49,7 @@ class Algorithm:
         self.world = world
         self.tokens_per_pass = tokens_per_pass
         self.position = 0
+        self.held_by: dict[str, list[Any]] = {}
         self.notes: dict[str, float] = {}
         self.remarks: list[str] = []
         self.shown: list[dict[str, Any]] = []
@@ -51,6 +58,9 @@ class Algorithm:
         """This process's part of each batch that one optimizer step learns from."""
         raise NotImplementedError
 
+    def begin(self, batch: Batch) -> None:
+        """Called with this process's part of each batch, before it is split, and again before it is split anew."""
+
     def weight(self, batch: Batch) -> Tensor:
         """() how many units (tokens, pairs, sequences) the batch holds."""
         raise NotImplementedError
@@ -58,6 +68,10 @@ class Algorithm:
     def loss(self, batch: Batch) -> tuple[Tensor, Stats]:
         """() the SUM of the loss over the batch's units, and statistics that are sums over the same units."""
         raise NotImplementedError
+
+    def objection(self, figures: dict[str, float]) -> str:
+        """Why a batch with these figures is not to be learned from, though its gradient is known; "" where it is."""
+        return ""
 
     def after_step(self, step: int) -> None:
         """Called once the optimizer has moved."""
@@ -83,24 +97,91 @@ class Algorithm:
 
     def over(self, batch: Batch, function: Callable[[Batch], Output]) -> Output:
         """`function` over micro-batches, without gradients or dropout, its results in the order of `batch`'s rows."""
-        collected: dict[str, Tensor] = {}
         dropping = [module for module in self.policy.modules() if module.training]
         self.policy.eval()
         with torch.no_grad(), self.world.autocast():
-            for part, places in self.policy.parts(batch, self.tokens_per_pass):
-                for name, tensor in function(part)._asdict().items():
-                    if tensor is None:
-                        continue
-                    if name not in collected:
-                        shape = (len(batch), *batch.tokens.shape[1:][: tensor.dim() - 1], *tensor.shape[2:])
-                        collected[name] = tensor.new_zeros(shape)
-                    if tensor.dim() > 1:
-                        collected[name][places, : tensor.shape[1]] = tensor
-                    else:
-                        collected[name][places] = tensor
+            output = self.fitting(batch, lambda: self._collected(batch, function))
         for module in dropping:
             module.training = True
+        return output
+
+    def _collected(self, batch: Batch, function: Callable[[Batch], Output]) -> Output:
+        collected: dict[str, Tensor] = {}
+        for part, places in self.policy.parts(batch, self.tokens_per_pass):
+            for name, tensor in function(part)._asdict().items():
+                if tensor is None:
+                    continue
+                if name not in collected:
+                    shape = (len(batch), *batch.tokens.shape[1:][: tensor.dim() - 1], *tensor.shape[2:])
+                    collected[name] = tensor.new_zeros(shape)
+                if tensor.dim() > 1:
+                    collected[name][places, : tensor.shape[1]] = tensor
+                else:
+                    collected[name][places] = tensor
         return Output(**collected)
+
+    def fitting(self, batch: Batch, work: Callable[[], T]) -> T:
+        """What `work` returns, which sends `batch` through the model in parts and leaves nothing behind if it fails:
+        where memory runs out, it is done again in smaller parts, and so is whatever comes after. Raises PlauditError
+        where parts cannot be smaller."""
+        while True:
+            try:
+                return work()
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
+            # Here the error is gone, and with it all that its frames held.
+            self.tokens_per_pass = self._fewer(batch)
+            machine.release()
+
+    def _fewer(self, batch: Batch) -> int:
+        """Tokens of a pass, halved until they cut the batch into more parts."""
+
+        def count(tokens: int) -> int:
+            return len(list(self.policy.parts(batch, tokens)))
+
+        now = tokens = self.tokens_per_pass
+        if self.world.size > 1:  # the others are in the middle of theirs
+            raise PlauditError(f"memory ran out in a pass of {now} tokens: set tokens_per_pass to {max(now // 2, 1)}.")
+        before = count(now)
+        if before == len(batch.blocks()):
+            raise PlauditError(
+                "memory ran out in a pass that held one row, or one prompt with its answers: no smaller one can be "
+                "made. Set gradient_checkpointing, train less (train_layers, lora_rank), or lower the limit of tokens."
+            )
+        while count(tokens) <= before:
+            tokens //= 2
+        return tokens
+
+
+class HeldToReference(Algorithm):
+    """An algorithm whose reference may follow the policy, as in TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656,
+    section 3: a share of 1 is its hard update, a smaller one its soft update)."""
+
+    settings: Any
+
+    @property
+    def follows(self) -> int:
+        """Steps between two moves of the reference; 0 if it stays, or there is none."""
+        every: int = getattr(self.settings, "reference_every", 0)
+        return every
+
+    def after_step(self, step: int) -> None:
+        super().after_step(step)
+        if self.follows and step % self.follows == 0:
+            self.move_reference()
+
+    def move_reference(self) -> None:
+        """The reference takes its step towards the policy."""
+        self.policy.move_reference(self.settings.reference_share)
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | ({"reference": self.policy.reference.state_dict()} if self.follows else {})
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        if self.follows:
+            self.policy.reference.load_state_dict(state["reference"])
 
 
 class FromData(Algorithm):
@@ -118,6 +199,19 @@ class FromData(Algorithm):
     def collate(self, indices: list[int]) -> Batch:
         """The batch of these rows of the data."""
         raise NotImplementedError
+
+    def measured(self, items: list[Any]) -> dict[str, float]:
+        """Figures of the present policy on these held-out items, of which there are some."""
+        raise NotImplementedError
+
+    def evaluate(self) -> dict[str, float]:
+        named = {"": self.held, **{f"/{value}": items for value, items in self.held_by.items()}}
+        return {
+            f"heldout_{name}{which}": value
+            for which, items in named.items()
+            if items
+            for name, value in self.measured(items).items()
+        }
 
     def batches(self) -> Iterator[Batch]:
         while True:

@@ -83,7 +83,8 @@ class ImplicitLanguageQLearning(FromData):
         return td + value + settings.cql * cql + settings.awac * imitated, stats
 
     def after_step(self, step: int) -> None:
-        self.policy.heads.follow(self.settings.polyak)
+        if step % self.settings.target_every == 0:
+            self.policy.heads.follow(self.settings.polyak)
 
     def evaluate(self) -> dict[str, float]:
         """Nats per token of the held-out texts, and how far a head's Q is from its target, squared."""

@@ -17,10 +17,13 @@ from plaudit.errors import PlauditError, SharedError
 from plaudit.policy import Policy
 from plaudit.records import Prompt
 from plaudit.rewards import Rewards
-from plaudit.sampler import Sampler, Sampling
+from plaudit.sampler import LocalSampler, Sampler, Sampling
 from plaudit.settings.policy_gradient import OnPolicy
 from plaudit.templates import Template
 from plaudit.world import World
+
+SHOWN = 4
+"""Completions of each rollout that are kept for people to read."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,9 @@ class OnPolicyAlgorithm(Algorithm):
         drawn = self.sample(self.prompts())
         self.sampler.release()
         batch = self.collated(drawn)
+        assert batch.logprobs is not None
+        # A sampled token's surprise is the entropy in expectation; a bonus for it computes the entropy itself.
+        self.notes["entropy"] = self.mean(-batch.logprobs[batch.actions])
         if self.policy.frozen:
             with self.world.autocast():
                 batch = replace(batch, trunk=self.over_trunk(batch))
@@ -231,6 +237,9 @@ class OnPolicyAlgorithm(Algorithm):
 
     def over_trunk(self, batch: Batch) -> Tensor:
         """(B, T, d) the frozen layers' activations, computed once for all passes over this rollout."""
+        return self.fitting(batch, lambda: self._over_trunk(batch))
+
+    def _over_trunk(self, batch: Batch) -> Tensor:
         kept = None
         for part, places in self.policy.parts(batch, self.tokens_per_pass):
             activations = self.policy.trunk(part)
@@ -242,9 +251,23 @@ class OnPolicyAlgorithm(Algorithm):
 
     def show(self, drawn: list[Completion]) -> None:
         """Keeps a few samples for people to read."""
+        shown = drawn[:SHOWN]
         self.shown = [
-            {"prompt": c.asked.record.prompt, "completion": c.text, "score": round(c.score, 4)} for c in drawn[:4]
+            {"prompt": c.asked.record.prompt, "completion": c.text, "score": round(c.score, 4)} for c in shown
         ]
+        if getattr(self.settings, "compare_samples", False):
+            for row, beside in zip(self.shown, self.of_reference([c.asked for c in shown]), strict=True):
+                row |= beside
+
+    def of_reference(self, asked: list[Asked]) -> list[dict[str, Any]]:
+        """What the reference answers to these prompts, and the raw reward of that. Nothing that learns is touched."""
+        generator = torch.Generator().manual_seed(self.settings.seed * 7919 + self.position)
+        with self.policy.as_reference():
+            sampler = LocalSampler(self.policy.backbone, self.template.decode, dtype=self.world.sampling_dtype)
+            drawn = sampler.sample([a.ids for a in asked], self.limits(), 1, generator)
+        texts = [self.template.decode(completion) for completion in drawn.completions]
+        raw = score(self.rewards, asked, texts, self.world).tolist()
+        return [{"reference": text, "reference_score": round(value, 4)} for text, value in zip(texts, raw, strict=True)]
 
     # ---------------------------------------------------------------------------------------------- the contract
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from plaudit.advantages import degenerate, kl_k1
-from plaudit.algorithms.base import Stats
+from plaudit.algorithms.base import HeldToReference, Stats
 from plaudit.algorithms.on_policy import OnPolicyAlgorithm
 from plaudit.batch import Batch
 from plaudit.losses import nll
@@ -17,7 +17,7 @@ from plaudit.preferences import dpo
 from plaudit.settings.online import BestOfN, OnlineDPO
 
 
-class OnlineDirectPreference(OnPolicyAlgorithm):
+class OnlineDirectPreference(HeldToReference, OnPolicyAlgorithm):
     """Online DPO (Guo et al. 2024, arXiv:2402.04792): the best and the worst completion of a prompt are a pair of DPO.
 
     The unit is a pair. Rows stand in pairs, the best first; a pair of equal rewards has no actions and is none.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from plaudit.advantages import (
     degenerate,
     group_centred,
     group_standardised,
+    kl_abs,
     kl_k1,
     kl_k2,
     kl_k3,
@@ -23,7 +25,8 @@ from plaudit.advantages import (
     ranked_between,
     rewards_to_go,
 )
-from plaudit.algorithms.base import Stats
+from plaudit.algorithms.base import HeldToReference, Stats
+from plaudit.algorithms.divergence import exact_divergence
 from plaudit.algorithms.on_policy import Completion, OnPolicyAlgorithm
 from plaudit.batch import Batch
 from plaudit.data import Order
@@ -43,10 +46,11 @@ from plaudit.settings.policy_gradient import (
     Reusing,
 )
 
+IN_REWARD = {"reward": kl_k1, "reward_abs": kl_abs, "reward_mse": kl_k2, "reward_full": kl_k1}
 IN_LOSS = {"k2": kl_k2, "k3": kl_k3, "straight_through": kl_straight_through}
 
 
-class PolicyGradientAlgorithm(OnPolicyAlgorithm):
+class PolicyGradientAlgorithm(HeldToReference, OnPolicyAlgorithm):
     """KL to a reference, in the reward or in the loss; entropy; completions left out of the loss. The unit is a token.
 
     A subclass says what credit each action gets, and what the objective makes of it.
@@ -63,7 +67,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
             self.controller = BudgetedKL(settings.kl, settings.kl_budget, settings.kl_rate)
         else:
             self.controller = AdaptiveKL(settings.kl, settings.kl_target or None, settings.kl_horizon)
-        self.penalised = bool(settings.kl or settings.kl_target or settings.kl_budget)
+        self.penalised = settings.penalised
         if self.penalised:
             self.policy.keep_reference()
 
@@ -85,22 +89,29 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         """
         assert batch.logprobs is not None
         assert batch.scores is not None
-        actions, in_reward = batch.actions, self.settings.kl_term == "reward"
+        actions, term = batch.actions, self.settings.kl_term
+        in_reward, exactly = term in IN_REWARD, term == "reward_full" and self.penalised
         needed = self.policy.value is not None or (self.penalised and in_reward) or self.per_rollout > 1
         self.rescored = needed or not self.position
         own = Output(logprobs=batch.logprobs)
         if self.rescored:
-            own = self.over(batch, lambda part: self.policy(part, values=True))
+            own = self.over(batch, lambda part: self.policy(part, values=True, origins=exactly))
         assert own.logprobs is not None
-        reference = None
+        found = Output()
         if self.penalised:
             with self.policy.as_reference():
-                reference = self.over(batch, self.policy).logprobs
+                found = self.over(batch, partial(self.policy, origins=True) if exactly else self.policy)
+        reference = found.logprobs
         kept = own.logprobs if reference is None else reference
         if self.rescored:
             self.check_start(batch.logprobs, own.logprobs, kept, actions)
         weight = self.controller.coefficient
-        rewards = kl_shaped_rewards(batch.scores, own.logprobs, kept, actions, weight if in_reward else 0.0)
+        divergence = IN_REWARD.get(term, kl_k1)(own.logprobs, kept)
+        if exactly:
+            divergence = exact_divergence(self.policy, self.world, own.origins, found.origins, actions)
+            self.notes["kl_exact"] = self.mean(divergence.sum(1))
+        shaping = weight if in_reward else 0.0
+        rewards = kl_shaped_rewards(batch.scores, own.logprobs, kept, actions, shaping, divergence)
         if reference is not None:
             self.notes["kl"] = self.mean((kl_k1(own.logprobs, kept) * actions).sum(1))
             self.controller = self.controller.updated(self.notes["kl"], self.settings.rollout)
@@ -173,18 +184,17 @@ class ReusingAlgorithm(PolicyGradientAlgorithm):
     def __init__(self, settings: Reusing, *args: Any) -> None:
         self.reuse = settings.reuse
         super().__init__(settings, *args)
-        self.moved: list[Tensor] = []  # (sum of approximate KL, units) of this step's micro-batches
+        self.moved = 0.0  # approximate KL from the policy that sampled, at the present step
 
-    def loss(self, batch: Batch) -> tuple[Tensor, Stats]:
-        loss, stats = super().loss(batch)
-        self.moved.append(torch.stack([stats["approx_kl"].double(), self.weight(batch).double()]))
-        return loss, stats
+    def objection(self, figures: dict[str, float]) -> str:
+        self.moved = figures["approx_kl"]
+        ratio, most = figures["ratio"], self.settings.ratio_threshold
+        return f"the mean ratio is {ratio:.3g}, more than ratio_threshold" if 0 < most < ratio else ""
 
     def after_step(self, step: int) -> None:
         """Gives up the rest of a rollout that the policy has moved too far from."""
-        moved, units = self.world.sum(torch.stack(self.moved).sum(0)).tolist()
-        self.moved.clear()
-        if self.settings.target_kl and moved / max(units, 1) > self.settings.target_kl:
+        super().after_step(step)
+        if 0 < self.settings.target_kl < self.moved:
             self.position += -self.position % self.per_rollout
 
 

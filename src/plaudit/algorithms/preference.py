@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from plaudit import preferences, reference
-from plaudit.algorithms.base import FromData, Stats
+from plaudit.algorithms.base import FromData, HeldToReference, Stats
 from plaudit.batch import Batch, collate
 from plaudit.numerics import at_actions
 from plaudit.policy import Policy
@@ -50,7 +50,7 @@ def rows(items: Sequence[Answers], indices: Sequence[int], known: list[Tensor] |
     return replace(batch, reference_logprobs=at_actions(torch.cat([known[i] for i in indices]), batch.actions))
 
 
-class PreferenceLearning(FromData):
+class PreferenceLearning(HeldToReference, FromData):
     """What all of them have in common: answers as rows, the reference's log-probabilities beside them, and held-out
     figures. A subclass says what the objective is; where that couples rows of a batch, `prepared` adds to each row what
     it has to know of the others."""
@@ -120,6 +120,14 @@ class PreferenceLearning(FromData):
         if self.world.is_main:
             reference.write(path, in_order)
         return in_order
+
+    def move_reference(self) -> None:
+        super().move_reference()
+        self.held_rows = None
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self.held_rows = None
 
     # -------------------------------------------------------------------------------------------- what is read of rows
 

@@ -71,12 +71,7 @@ class RewardModelling(FromData):
             # By the step to come, not after the last one, so that a run that goes on does the same.
             if self.validation and self.position and self.position % max(1, self.steps // LOOKS) == 0:
                 self.adapt_weight_decay()
-            batch = next(rows)
-            self.begin(batch)
-            yield batch
-
-    def begin(self, batch: Batch) -> None:
-        """Called with this process's part of each batch, before it is split."""
+            yield next(rows)
 
     def collate(self, indices: list[int]) -> Batch:
         chosen = [self.data[i] for i in indices]
@@ -124,19 +119,16 @@ class RewardModelling(FromData):
         assert scores is not None
         return scores
 
-    def heldout_scores(self) -> tuple[Batch, Tensor]:
-        """The held-out rows and their scores."""
-        batch = self.rows(self.held).to(self.world.device)
-        return batch, self.quiet_scores(batch).float()
+    def measured(self, items: list[Judged]) -> dict[str, float]:
+        batch = self.rows(items).to(self.world.device)
+        found = self.report(batch, self.quiet_scores(batch).float())
+        if items is self.held:
+            self.found = found
+        return {name: value for name, value in found.items() if isinstance(value, float)}
 
-    def evaluate(self) -> dict[str, float]:
-        if not self.held:
-            return {}
-        self.found = self.report()
-        return {f"heldout_{name}": value for name, value in self.found.items() if isinstance(value, float)}
-
-    def report(self) -> dict[str, Any]:
-        """Held-out figures, with the reliability table that a report draws; nothing where none can be told."""
+    def report(self, batch: Batch, scores: Tensor) -> dict[str, Any]:
+        """Figures of held-out rows with these scores (B,), and the tables that a report draws; nothing where none can
+        be told."""
         raise NotImplementedError
 
     # -------------------------------------------------------------------------------------------- normalisation
@@ -226,8 +218,7 @@ class FromComparisons(RewardModelling):
         total, stats = bradley_terry(scores[0::2], scores[1::2], preference, margin, noise=self.settings.noise)
         return self.centred(total, scores[0::2] + scores[1::2]), stats
 
-    def report(self) -> dict[str, Any]:
-        batch, scores = self.heldout_scores()
+    def report(self, batch: Batch, scores: Tensor) -> dict[str, Any]:
         assert batch.targets is not None
         return of_pairs((scores[0::2] - scores[1::2]).cpu(), batch.targets[0::2, 0].cpu())
 
@@ -255,10 +246,7 @@ class FromRankings(RewardModelling):
         total, stats = all_pairs(scores, preference, weight, noise=self.settings.noise)
         return self.centred(total, scores[:, None] + scores[None, :], weight.triu(1)), stats
 
-    def report(self) -> dict[str, Any]:
-        return self.order_found(*self.heldout_scores())
-
-    def order_found(self, batch: Batch, scores: Tensor) -> dict[str, Any]:
+    def report(self, batch: Batch, scores: Tensor) -> dict[str, Any]:
         """How well these scores (B,) put the texts of each prompt in people's order."""
         preference, weight = (matrix.cpu() for matrix in self.pairs(batch))
         i, j = torch.nonzero(weight.triu(1), as_tuple=True)
@@ -329,8 +317,7 @@ class FromRatings(RewardModelling):
         # Each pair comes twice, once with the gradient of either side: the gradient is whole, the value is halved.
         return twice - twice.detach() / 2, {name: value / 2 for name, value in stats.items()}
 
-    def report(self) -> dict[str, Any]:
-        batch, scores = self.heldout_scores()
+    def report(self, batch: Batch, scores: Tensor) -> dict[str, Any]:
         assert batch.targets is not None
         values, ratings = scores.cpu().numpy(), batch.targets.cpu().numpy()
         predicted, observed = statistics.pair_probabilities(values, ratings)
@@ -372,4 +359,15 @@ def of_ratings(values: Any, ratings: Any, gap: float) -> dict[str, Any]:
 
 def _calibrated(predicted: Any, observed: Any) -> dict[str, Any]:
     found = statistics.calibration(predicted, observed)
-    return {"calibration_error": found.error, "reliability": found.table}
+    return {"calibration_error": found.error, "reliability": found.table, "margins": _margins(predicted, observed)}
+
+
+def _margins(predicted: Any, observed: Any) -> list[dict[str, float]]:
+    """How often the text that people prefer leads by how much, where they prefer one: columns of a histogram. Below 0
+    the model has it wrong; a lead of more than 16 counts as 16."""
+    sure = np.clip(np.asarray(predicted, float), 1e-7, 1 - 1e-7)
+    side = np.sign(np.asarray(observed, float) - 0.5)
+    leads = (np.log(sure) - np.log1p(-sure)) * side
+    counts, edges = np.histogram(leads[side != 0], 24)
+    columns = zip(edges.tolist(), edges.tolist()[1:], counts.tolist(), strict=False)
+    return [{"from": start, "to": end, "count": count} for start, end, count in columns]

@@ -31,9 +31,8 @@ class WholeRankings(FromRankings):
         )
         return table, ranks, mask, weight.triu(1)
 
-    def report(self) -> dict[str, Any]:
-        batch, scores = self.heldout_scores()
-        found = self.order_found(batch, scores)
+    def report(self, batch: Batch, scores: Tensor) -> dict[str, Any]:
+        found = super().report(batch, scores)
         if not found:
             return {}
         table, ranks, mask, _ = self.table(batch, scores)
@@ -84,8 +83,7 @@ class Regression(Pointwise):
         total, stats = squared_error(scores, self.means(batch))
         return self.centred(total, scores), stats
 
-    def report(self) -> dict[str, Any]:
-        batch, scores = self.heldout_scores()
+    def report(self, batch: Batch, scores: Tensor) -> dict[str, Any]:
         assert batch.targets is not None
         means = self.means(batch)
         found: dict[str, Any] = {"mse": float(squared_error(scores, means)[0] / len(batch))}
@@ -105,6 +103,5 @@ class Binary(Pointwise):
         total, stats = bradley_terry(scores, nothing, good, noise=self.settings.noise)
         return self.centred(total, scores), stats
 
-    def report(self) -> dict[str, Any]:
-        batch, scores = self.heldout_scores()
+    def report(self, batch: Batch, scores: Tensor) -> dict[str, Any]:
         return of_pairs(scores.cpu(), self.means(batch).cpu())

@@ -32,13 +32,11 @@ class SupervisedFineTuning(FromData):
     def loss(self, batch: Batch) -> tuple[Tensor, Stats]:
         return nll(self.model(batch).logprobs, batch.actions)
 
-    def evaluate(self) -> dict[str, float]:
-        if not self.held:
-            return {}
-        batch = rows(self.held, list(range(len(self.held)))).to(self.world.device)
+    def measured(self, items: list[Encoded]) -> dict[str, float]:
+        batch = rows(items, list(range(len(items)))).to(self.world.device)
         found = self.over(batch, lambda part: self.policy(part, hits=True))
         assert found.logprobs is not None
         assert found.hits is not None
         total, _ = nll(found.logprobs, batch.actions)
         count = batch.actions.sum()
-        return {"heldout_nll": float(total / count), "heldout_accuracy": float(found.hits.sum() / count)}
+        return {"nll": float(total / count), "accuracy": float(found.hits.sum() / count)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
@@ -13,6 +13,7 @@ Share = Annotated[float, Ge(0), Le(1)]
 Count = Annotated[int, Ge(1)]
 CountOrNone = Annotated[int, Ge(0)]
 Precision = Literal["auto", "float32", "bfloat16"]
+Schedule = Literal["constant", "linear", "cosine", "step", "plateau"]
 if TYPE_CHECKING:
     Names: TypeAlias = Any  # in Python also the rows themselves, which `train` and `evaluate` put into files
 else:
@@ -48,6 +49,24 @@ class Common(Machine):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ByColumn:
+    """What verbs take whose held-out figures may be told apart by a column of the data."""
+
+    eval_by: str = ""
+    """Column by whose values held-out figures are reported too, such as language: heldout_accuracy/de."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Following:
+    """What every algorithm with a reference takes."""
+
+    reference_every: CountOrNone = 0
+    """Steps after each of which the reference moves towards the policy; 0 leaves it where it is."""
+    reference_share: Annotated[float, Gt(0), Le(1)] = 0.6
+    """How far it moves then: the reference becomes (1 - share) reference + share policy."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Training(Common):
     """What every verb that trains takes."""
 
@@ -69,8 +88,15 @@ class Training(Common):
     """Times the data, when `steps` is 0."""
     learning_rate: Positive = 1e-5
     """Peak learning rate of AdamW."""
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """What the learning rate does after the warm-up: stay, or fall to zero."""
+    schedule: Schedule = "linear"
+    """What the learning rate does after the warm-up: stay, fall to zero in a line or a cosine, be lowered every
+    `drop_every` steps, or be lowered where the held-out figure `watch` no longer gets better."""
+    drop_every: Count = 1000
+    """Steps after each of which the schedule `step` lowers the learning rate."""
+    drop_after: Count = 2
+    """Evaluations in a row without a better `watch` after which the schedule `plateau` lowers the learning rate."""
+    drop_factor: Annotated[float, Gt(0), Lt(1)] = 0.1
+    """What the learning rate is multiplied by when it is lowered."""
     warmup: Share = 0.05
     """Share of the steps over which the learning rate rises."""
     weight_decay: NotNegative = 0.0
@@ -91,6 +117,12 @@ class Training(Common):
     """Steps between two lines of metrics."""
     evaluate_every: CountOrNone = 0
     """Steps between two evaluations; 0 evaluates at the beginning, where that says something, and at the end."""
+    watch: str = ""
+    """Held-out figure that `plateau`, `patience` and `save_best` go by, such as heldout_loss."""
+    patience: CountOrNone = 0
+    """End the run after so many evaluations in a row without a better `watch`; 0 never does."""
+    save_best: bool = False
+    """Make `final` the policy that had the best `watch`, not the last one."""
     save_every: CountOrNone = 50
     """Steps between two checkpoints; 0 saves only when the run is interrupted."""
     keep: Count = 1

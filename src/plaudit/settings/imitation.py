@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from plaudit.settings.common import Count, Positive, Training
+from plaudit.settings.common import ByColumn, Count, Positive, Training
 from plaudit.settings.scratch import Describable
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFT(Training):
+class SFT(ByColumn, Training):
     """Supervised fine-tuning: learn to continue prompts as the demonstrations do."""
 
     model: Annotated[str, Describable()]

@@ -27,7 +27,9 @@ class ILQL(Training):
     expectile: Annotated[float, Gt(0), Lt(1)] = 0.7
     """Which expectile of Q over the logged tokens V is: 0.5 their mean, near 1 their best."""
     polyak: Annotated[float, Gt(0), Le(1)] = 0.005
-    """Share of the Q heads that the target heads take over after each step."""
+    """Share of the Q heads that the target heads take over; 1 copies them."""
+    target_every: Count = 1
+    """Steps after each of which they do so."""
     cql: NotNegative = 0.1
     """Weight of the term that keeps Q low for tokens that nobody wrote."""
     awac: NotNegative = 1.0

@@ -8,11 +8,11 @@ from typing import Annotated, ClassVar
 from annotated_types import Ge, Lt
 
 from plaudit.settings.common import Count, Positive
-from plaudit.settings.policy_gradient import OnPolicy, Several
+from plaudit.settings.policy_gradient import Held, OnPolicy, Several
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnlineDPO(OnPolicy):
+class OnlineDPO(Held):
     """Online DPO: the reward picks the best and the worst of several completions, and DPO learns from the pair."""
 
     verb: ClassVar[str] = "online_dpo"

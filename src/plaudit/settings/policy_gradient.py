@@ -7,12 +7,13 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from plaudit.settings.common import Count, CountOrNone, NotNegative, Positive, Share, Training
+from plaudit.settings.common import Count, CountOrNone, Following, NotNegative, Positive, Schedule, Share, Training
 from plaudit.settings.rewards import ShapedRewards
 from plaudit.settings.sampling import Asking, Sampling
 
 Several = Annotated[int, Ge(2)]
 Part = Annotated[float, Ge(0), Lt(1)]
+Divergence = Literal["reward", "reward_abs", "reward_mse", "reward_full", "k2", "k3", "straight_through"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +24,8 @@ class OnPolicy(Asking, Sampling, ShapedRewards, Training):
     """At most so many held-out prompts are completed at an evaluation."""
     batch_size: Count = 64
     """Completions that one optimizer step sees, over all processes."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What the learning rate does after the warm-up."""
+    schedule: Schedule = "constant"
+    """What the learning rate does after the warm-up: see `sft`."""
     rollout: Count = 64
     """Completions that are sampled before the policy moves, over all processes."""
     group: Count = 1
@@ -39,14 +40,24 @@ class OnPolicy(Asking, Sampling, ShapedRewards, Training):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyGradient(OnPolicy):
+class Held(Following, OnPolicy):
+    """What every algorithm takes that samples and has a reference."""
+
+    compare_samples: bool = False
+    """Beside the few samples that are kept for reading, keep what the reference answers to their prompts and what that
+    earns: a few more completions a rollout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyGradient(Held):
     """What every algorithm takes that follows the gradient of the expected reward."""
 
     kl: NotNegative = 0.05
     """Weight of the KL divergence from the reference, in reward per nat; where it is adaptive, its first value."""
-    kl_term: Literal["reward", "k2", "k3", "straight_through"] = "reward"
-    """Where the divergence counts: in the reward of the tokens that were sampled (k1), or in the loss, estimated by k2,
-    by k3, or by k3 with the gradient of k2."""
+    kl_term: Divergence = "reward"
+    """Where the divergence counts: in the reward of the tokens that were sampled, as log pi - log ref (k1), as its
+    absolute value, as half its square, or exactly, over the whole vocabulary; or in the loss, estimated by k2, by k3,
+    or by k3 with the gradient of k2."""
     reference: str = ""
     """Model that the divergence is measured from; by default `model`, as it is in the beginning."""
     kl_target: NotNegative = 0.0
@@ -68,6 +79,11 @@ class PolicyGradient(OnPolicy):
     reject_best: Part = 0.0
     """Leave the so large share of each rollout's completions that was rewarded most out of the loss."""
 
+    @property
+    def penalised(self) -> bool:
+        """Whether there is a KL term, and with it a reference."""
+        return bool(self.kl or self.kl_target or self.kl_budget)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reusing(PolicyGradient):
@@ -77,6 +93,8 @@ class Reusing(PolicyGradient):
     """Epochs over each rollout."""
     target_kl: NotNegative = 0.0
     """Leave the rest of a rollout when the policy is so far from the one that sampled it, in nats a token; 0: never."""
+    ratio_threshold: NotNegative = 0.0
+    """Learn nothing from a batch whose mean probability ratio is above this; 0: from all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,9 +178,8 @@ class Grouped(Reusing):
     """Completions of each prompt."""
     kl: NotNegative = 0.0
     """Weight of the KL divergence from the reference, in reward per nat; where it is adaptive, its first value."""
-    kl_term: Literal["reward", "k2", "k3", "straight_through"] = "k3"
-    """Where the divergence counts: in the reward of the tokens that were sampled (k1), or in the loss, estimated by k2,
-    by k3, or by k3 with the gradient of k2."""
+    kl_term: Divergence = "k3"
+    """Where the divergence counts: see `ppo`."""
 
 
 @dataclass(frozen=True, kw_only=True)

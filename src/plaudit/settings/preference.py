@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Gt, Lt
 
-from plaudit.settings.common import Count, NotNegative, Positive, Share, Training
+from plaudit.settings.common import Count, Following, NotNegative, Positive, Share, Training
 
 Smoothing = Annotated[float, Ge(0), Lt(0.5)]
 
@@ -26,7 +26,7 @@ class Preference(Training):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Referenced(Preference):
+class Referenced(Following, Preference):
     """What every algorithm takes that stays near the policy it began as."""
 
     beta: Positive = 0.1

@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Lt
 
-from plaudit.settings.common import Count, Names, NotNegative, Positive, Training
+from plaudit.settings.common import ByColumn, Count, Names, NotNegative, Positive, Training
 from plaudit.settings.scratch import Describable
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reward(Training):
+class Reward(ByColumn, Training):
     """A reward model from comparisons, rankings or ratings."""
 
     model: Annotated[str, Describable()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from plaudit.settings.common import NotNegative
 
@@ -50,5 +50,8 @@ class ShapedRewards(RewardSources):
     """Divide rewards by their running standard deviation, after taking off their running mean."""
     reward_scale: bool = False
     """Divide rewards by their running standard deviation, and leave their mean where it is."""
+    reward_moments: Literal["running", "first"] = "running"
+    """Whose mean and standard deviation these are: of all rewards so far, or of the first rollout's, before the policy
+    has moved."""
     reward_clip: NotNegative = 0.0
     """Rewards are cut to plus or minus this, after that; 0 leaves them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
@@ -33,7 +33,9 @@ class Sampling:
     """How completions are drawn."""
 
     max_prompt_tokens: Count = 512
-    """Longer prompts are left out and counted."""
+    """Longer prompts are left out and counted, or cut."""
+    long_prompts: Literal["drop", "cut"] = "drop"
+    """Leave longer prompts out, or read only their last tokens; rewards see the whole prompt."""
     max_new_tokens: Count = 64
     """Limit of a completion."""
     temperature: Annotated[float, Gt(0)] = 1.0

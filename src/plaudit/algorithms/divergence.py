@@ -1,0 +1,29 @@
+"""The divergence from the reference, exactly: over the whole vocabulary, not only at the token that was drawn."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from plaudit.numerics import at_actions
+from plaudit.policy import Policy
+from plaudit.world import World
+
+_ROWS = 256  # of which distributions over the vocabulary are held at once
+
+
+@torch.no_grad()
+def exact_divergence(
+    policy: Policy, world: World, own: Tensor | None, reference: Tensor | None, actions: Tensor
+) -> Tensor:
+    """(B, T) KL(policy || reference) in nats at each action, from the states (B, T, d) that both chose it from."""
+    assert own is not None
+    assert reference is not None
+    found = []
+    for mine, theirs in zip(own[actions].split(_ROWS), reference[actions].split(_ROWS), strict=True):
+        with world.autocast():
+            ours = policy.distribution(mine)
+            with policy.as_reference():
+                kept = policy.distribution(theirs)
+        found.append((ours.exp() * (ours - kept)).sum(1))
+    return at_actions(torch.cat(found), actions)
