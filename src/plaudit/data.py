@@ -130,13 +130,13 @@ def fraction(items: Sequence[R], share: float, seed: int) -> list[R]:
 
 def long_enough(prompts: Sequence[Prompt], characters: int, name: str) -> tuple[list[Prompt], list[str]]:
     """Prompts of at least so many characters, and a sentence about the others. Raises PlauditError, naming the setting
-    that the data come from, if none is left."""
+    that the data come from, if none is left; where that is "", none may be."""
 
     def length(text: Text) -> int:
         return len(text) if isinstance(text, str) else sum(len(turn["content"]) for turn in text)
 
     kept = [prompt for prompt in prompts if length(prompt.prompt) >= characters]
-    if not kept:
+    if name and not kept:
         raise PlauditError(f"{name}: every prompt has fewer than {characters} characters: lower min_prompt_characters.")
     dropped = len(prompts) - len(kept)
     told = f"{dropped} of {len(prompts)} prompts have fewer than {characters} characters and are left out."
