@@ -114,6 +114,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(3)
     LlamaForSequenceClassification(config).save_pretrained(folder / "runs" / "reward" / "final")
     tiny.tokenizer().save_pretrained(folder / "runs" / "reward" / "final")
+    for run in (folder / "runs").iterdir():
+        (run / ".lock").touch()  # as every run leaves it
     return folder
 
 
