@@ -99,7 +99,7 @@ def hold_out(items: Sequence[R], share: float, prompt: Callable[[R], Text]) -> t
     out, and never all, unless `share` is 0 or 1, or there is only one prompt."""
     places = [int(key_of(prompt(item))[:8], 16) for item in items]
     limit = int(share * 16**8)
-    if 0 < share < 1:
+    if places and 0 < share < 1:
         limit = min(max(limit, min(places) + 1), max(places))
     held = [place < limit for place in places]
     return (

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plaudit.errors import PlauditError
-from plaudit.run import write_atomically
+from plaudit.run import GIVEN, check_own, write_atomically
 
 _FIELDS = ("data", "eval_data", "normalise_on")
 
@@ -23,18 +23,19 @@ def rows_of(settings: Any) -> dict[str, bytes]:
 
 def path_of(folder: str, name: str, content: bytes) -> str:
     """The file of these rows in a run folder."""
-    return str(Path(folder, f"{name}-{hashlib.sha256(content).hexdigest()[:16]}.jsonl"))
+    return str(Path(folder, GIVEN, f"{name}-{hashlib.sha256(content).hexdigest()[:16]}.jsonl"))
 
 
 def write(path: str, content: bytes) -> None:
     """Writes a file unless it is there: its name says what it holds. Raises PlauditError where that can't be."""
     if Path(path).exists():
         return
+    check_own(Path(path).parents[1])
     try:
         write_atomically(path, content)
     except OSError as error:
         raise PlauditError(
-            f"{Path(path).parent} cannot be written ({error.strerror}); choose another output."
+            f"{Path(path).parents[1]} cannot be written ({error.strerror}); choose another output."
         ) from None
 
 

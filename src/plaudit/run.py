@@ -76,6 +76,10 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
+GIVEN = "given"
+"""In a run folder: rows and models that a program held in memory and gave the run."""
+
+
 class Run:
     """One run folder, held by one process at a time. Use `Run.open`, and `close` or `with`."""
 
@@ -174,11 +178,16 @@ class Run:
         self.close()
 
 
+def check_own(folder: Path) -> None:
+    """Raises PlauditError for a folder with files that no run left there. What a program gave a run may come before it."""
+    ours = any((folder / name).exists() for name in (".lock", "config.yaml"))
+    if not ours and folder.is_dir() and any(entry.name != GIVEN for entry in folder.iterdir()):
+        raise PlauditError(f"{folder} holds files that no run of plaudit left there; choose another --output.")
+
+
 def _locked(folder: Path) -> int:
     """Make the folder and hold it: the system frees the lock when the process ends, however it ends."""
-    ours = any((folder / name).exists() for name in (".lock", "config.yaml"))
-    if not ours and folder.is_dir() and any(folder.iterdir()):
-        raise PlauditError(f"{folder} holds files that no run of plaudit left there; choose another --output.")
+    check_own(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

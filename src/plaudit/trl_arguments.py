@@ -42,6 +42,13 @@ def _scheduled(kind: Any) -> dict[str, Any]:
     return {"schedule": str(getattr(kind, "value", kind)).removesuffix("_with_warmup")}
 
 
+def _saved(when: Any) -> dict[str, Any]:
+    if when not in ("no", "steps"):
+        raise PlauditError(f"save_strategy: {when!r} can't be had: give 'no', or 'steps' and save_steps.")
+    return {"save_every": 0} if when == "no" else {}
+
+
+_WHOLE = "the loss is that of the whole distribution, so all of it is sampled"
 TRAINING: Names = {
     **dict.fromkeys(("run_name", "logging_dir", "disable_tqdm", "remove_unused_columns", "logging_first_step"), ""),
     **dict.fromkeys(("per_device_eval_batch_size", "gradient_checkpointing_kwargs", "dataset_num_proc"), ""),
@@ -58,7 +65,7 @@ TRAINING: Names = {
     "logging_steps": "log_every",
     "logging_strategy": Only(("steps",), "give logging_steps"),
     "save_steps": "save_every",
-    "save_strategy": lambda when: {"save_every": 0} if when == "no" else {},
+    "save_strategy": _saved,
     "save_total_limit": "keep",
     "eval_steps": "evaluate_every",
     "eval_strategy": Only(("no", "steps"), "give eval_steps"),
@@ -76,14 +83,14 @@ LENGTH: Names = {
 }
 SAMPLING: Names = {
     "temperature": "temperature",
-    "top_p": Only((1.0,), "the loss is that of the whole distribution, so all of it is sampled"),
-    "top_k": Only((0, -1), "the loss is that of the whole distribution, so all of it is sampled"),
-    "min_p": Only((0.0,), "the loss is that of the whole distribution, so all of it is sampled"),
-    "repetition_penalty": Only((1.0,), "the loss is that of the whole distribution, so all of it is sampled"),
+    "top_p": Only((1.0,), _WHOLE),
+    "top_k": Only((0, -1), _WHOLE),
+    "min_p": Only((0.0,), _WHOLE),
+    "repetition_penalty": Only((1.0,), _WHOLE),
     "log_completions": "",
     "use_vllm": "",
 }
-QUIET = ("vllm_", "hub_", "dataloader_", "ddp_", "tracker_", "model_init_kwargs")
+QUIET = ("vllm_", "hub_", "dataloader_", "ddp_", "tracker_")
 """How arguments begin that say where and how a library works, not what is learned."""
 
 
@@ -98,7 +105,7 @@ class Arguments:
             self._read(name, value)
 
     def _read(self, name: str, value: Any) -> None:
-        names: ClassVar[Names] = {**TRAINING, **self.names}
+        names = {**TRAINING, **self.names}
         if name not in names:
             if name.startswith(QUIET):
                 return

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from plaudit import config, machine
 from plaudit import settings as known
 from plaudit.errors import PlauditError
+from plaudit.run import GIVEN, check_own
 from plaudit.settings.common import Machine, Training
 from plaudit.settings.policy_gradient import OnPolicy
 from plaudit.trl_arguments import (
@@ -204,9 +205,10 @@ def _kept(model: Any, tokenizer: Any, folder: Path, name: str) -> Any:
     from plaudit.loading import load_tokenizer
     from plaudit.recipes import start_world
 
-    path = folder / f"{name}-{_digest(model)[:16]}"
+    path = folder / GIVEN / f"{name}-{_digest(model)[:16]}"
     rank, size = machine.processes()
     if rank == 0 and not path.exists():
+        check_own(folder)
         being_written = path.with_name(f".{path.name}")
         model.save_pretrained(being_written)
         (tokenizer or load_tokenizer(_origin(model))).save_pretrained(being_written)

@@ -34,14 +34,14 @@ def test_s0_21_other_trackers_are_told_the_same_by_their_own_calls(kind, tmp_pat
     )
     stand_in = SimpleNamespace(init=lambda **options: called.append(options) or client)
     monkeypatch.setitem(sys.modules, kind, stand_in)
-    tracker = hooks.Tracker(kind, tmp_path / "mine")
+    tracker = hooks.Tracker(kind, tmp_path / "mine", "taste")
     tracker.log(3, {"score": 0.5})
     tracker.close()
-    begun = {"project": "plaudit", "name": "mine"} | ({"dir": str(tmp_path / "mine")} if kind == "wandb" else {})
+    begun = {"project": "taste", "name": "mine"} | ({"dir": str(tmp_path / "mine")} if kind == "wandb" else {})
     assert called == [begun, (3, {"score": 0.5}), "finish"]
 
 
 def test_s1_18_a_tracker_that_is_not_there_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(PlauditError, match=r"^track: wandb is not installed: pip install 'plaudit\[wandb\]'\.$"):
-        hooks.Tracker("wandb", tmp_path)
+        hooks.Tracker("wandb", tmp_path, "plaudit")

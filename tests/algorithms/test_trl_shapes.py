@@ -201,7 +201,7 @@ def test_s2_04_the_ppo_snippet_runs_as_it_stands(at, here, scorer):
     policy = AutoModelForCausalLM.from_pretrained(run.final)
     before = AutoModelForCausalLM.from_pretrained(at / "model")
     assert not torch.equal(policy.lm_head.weight, before.lm_head.weight)
-    kept = [path.name.partition("-")[0] for path in sorted(Path("runs/ppo").glob("*-*"))]
+    kept = [path.name.partition("-")[0] for path in sorted(Path("runs/ppo/given").glob("*-*"))]
     assert kept == ["data", "model", "reward"]
     # The same program finds the run complete: the same weights and rows have the same names.
     assert ran(PPO_SNIPPET, llama=at / "model", scorer=scorer)["ppo_trainer"].run.summary == run.summary
@@ -309,6 +309,8 @@ def test_s2_04_the_processes_are_counted_where_trl_counts_one(monkeypatch):
         (lambda: GRPOConfig(top_p=0.9), r"^GRPOConfig: 'top_p' is 0.9, but can only be 1.0: the loss is that of"),
         (lambda: GRPOConfig(push_to_hub=True), r"'push_to_hub' is True, but can only be False: push the folder"),
         (lambda: GRPOConfig(num_generation=4), r"'num_generation' has no counterpart; the nearest that has is 'num_"),
+        (lambda: SFTConfig(model_init_kwargs={"revision": "b"}), r"'model_init_kwargs' has no counterpart; the"),
+        (lambda: SFTConfig(save_strategy="epoch"), r"^save_strategy: 'epoch' can't be had: give 'no', or 'steps' and"),
         (lambda: SFTConfig(report_to=["wandb", "mlflow"]), r"^report_to: \['wandb', 'mlflow'\] is not one of none"),
         (lambda: DPOTrainer("m", loss_type="sigmoid2"), r"^loss_type: 'sigmoid2' is not one of sigmoid, robust"),
         (lambda: DPOTrainer("m", loss_type="hinge", label_smoothing=0.1), r"`hinge` has no setting 'label_smoothing'"),

@@ -80,7 +80,7 @@ def test_s2_05_a_run_from_memory_is_the_run_from_files_bit_by_bit(models, module
     assert weights(from_memory.final) != weights(models / "plain")
     assert kept("memory")["rewards"] == ["my_rewards:reward", "my_rewards:zero"]
     assert from_memory.metrics()[0]["reward/my_rewards:zero"] == 0
-    assert kept("memory")["data"] == str(*Path("memory").glob("data-*.jsonl"))
+    assert kept("memory")["data"] == str(*Path("memory").glob("given/data-*.jsonl"))
     # The same again is that run, and what the run folder says is enough to have it again.
     assert train(in_memory).summary == from_memory.summary
     named = config.from_mapping(GRPO, {**kept("memory"), "output": "again"}, "memory/config.yaml")
@@ -215,4 +215,4 @@ def test_s2_02_an_ensemble_of_rows_in_memory(models, here):
     whole = Reward(model=str(models / "plain"), data=rows, output="whole", members=2, batch_size=8, steps=1, **SHARED)
     run = train(whole)
     assert run.summary["members"] == 2
-    assert kept("whole/member-1")["data"] == kept("whole")["data"] == str(*Path("whole").glob("data-*.jsonl"))
+    assert kept("whole/member-1")["data"] == kept("whole")["data"] == str(*Path("whole").glob("given/data-*.jsonl"))

@@ -134,8 +134,8 @@ def test_s2_07_what_has_no_prompt_is_held_out_by_what_was_said():
     training, held = hold_out(rows, 0.25, asked)
     assert 60 < len(held) < 140
     assert len(training) == 400 - len(held)
-    swapped = [Comparison("", one.rejected, one.chosen) for one in held]
-    assert hold_out(swapped, 0.25, asked) == ([], swapped)
+    swapped = [[Comparison("", one.rejected, one.chosen) for one in side] for side in (rows, training, held)]
+    assert hold_out(swapped[0], 0.25, asked) == (swapped[1], swapped[2])
     assert asked(Rating("", "said", (1.0,))) == asked(Demonstration("", "said")) == "said"
     assert asked(Ranking("", ("a", "b"), (1, 2))) == asked(Ranking("", ("b", "a"), (1, 2)))
     assert asked(Comparison("p", "a", "b")) == asked(Prompt("p")) == "p"
