@@ -179,7 +179,7 @@ class Run:
 
 
 def check_own(folder: Path) -> None:
-    """Raises PlauditError for a folder with files that no run left there. What a program gave a run may come before it."""
+    """Raises PlauditError for a folder with files that no run left there; what a program gives a run may come first."""
     ours = any((folder / name).exists() for name in (".lock", "config.yaml"))
     if not ours and folder.is_dir() and any(entry.name != GIVEN for entry in folder.iterdir()):
         raise PlauditError(f"{folder} holds files that no run of plaudit left there; choose another --output.")

@@ -61,7 +61,7 @@ def kept(folder: str | Path) -> dict:
 @pytest.mark.parametrize("given", [list, tuple, Dataset.from_list, iter])
 def test_s2_05_rows_in_memory_become_a_file_that_holds_them(given, here):
     settings = recipes.in_files(SFT(model="m", data=given(ROWS), eval_data="other.jsonl", output="run"))
-    assert Path(settings.data).parent == Path("run")
+    assert Path(settings.data).parent == Path("run/given")
     assert [json.loads(line) for line in Path(settings.data).read_text().splitlines()] == ROWS
     assert settings.eval_data == "other.jsonl"
     assert recipes.in_files(settings) is settings
@@ -100,7 +100,7 @@ def test_s4_10_a_broken_off_run_goes_on_with_the_same_rows_and_functions_only(mo
         watched.train(settings, signal_after=1)
     with pytest.raises(PlauditError, match=r"(?s)other settings:\n  rewards: '.*>.vowels' -> '.*>.other'"):
         train(replace(settings, rewards=other))
-    with pytest.raises(PlauditError, match=r"(?s)other settings:\n  data: 'run/data-.*jsonl' -> 'run/data-"):
+    with pytest.raises(PlauditError, match=r"(?s)other settings:\n  data: 'run.given.data-.*jsonl' -> 'run.given.data"):
         train(replace(settings, data=ROWS[:-1]))
     said = plaudit("ppo", "--config", "run/config.yaml")
     assert said.code == 2
