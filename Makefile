@@ -4,12 +4,15 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test slow mutants lint type bench bench-quickstart clean
+.PHONY: quickstart test coverage slow mutants lint type bench bench-quickstart clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/plaudit run recipes/quickstart.yaml
 
 test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+coverage: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --cov --cov-report=term -m "not slow"
 
 slow: $(VENV)/.dev

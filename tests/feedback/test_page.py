@@ -857,7 +857,7 @@ def test_the_review_says_that_the_order_shown_is_unknown(tmp_path, chromium):
         tab.see("details >> nth=1 >> time", "time unknown")
         tab.see("details >> nth=1 >> .verdict", "B > A")
         tab.page.click("details >> nth=1 >> summary")
-        assert tab.page.locator(".full article .text").all_inner_texts() == ["left 0", "right 0"]
+        sync_api.expect(tab.page.locator(".full article .text")).to_have_text(["left 0", "right 0"])
         tab.context.close()
         assert tab.wrong == []
 
