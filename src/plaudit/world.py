@@ -33,8 +33,8 @@ class World:
 
     rank, size  which process this is, of how many
     lockstep    True if every forward and backward pass is an exchange too (FSDP2, DeepSpeed): all ranks must then run
-                the same number of them, so a rank with fewer micro-batches adds some whose loss is 0 * output.sum().
-                Under DDP the numbers may differ, but every rank must run the last, synchronised one.
+                the same number of them. Under DDP the numbers may differ, but every rank must run the last,
+                synchronised one.
     """
 
     device: torch.device
