@@ -48,6 +48,13 @@ def _saved(when: Any) -> dict[str, Any]:
     return {"save_every": 0} if when == "no" else {}
 
 
+def _penalised(kind: Any) -> dict[str, Any]:
+    terms = {"kl": "reward", "abs": "reward_abs", "mse": "reward_mse", "full": "reward_full"}
+    if kind not in terms:
+        raise PlauditError(f"kl_penalty: {kind!r} is not one of {', '.join(terms)}.")
+    return {"kl_term": terms[kind]}
+
+
 _WHOLE = "the loss is that of the whole distribution, so all of it is sampled"
 TRAINING: Names = {
     **dict.fromkeys(("run_name", "logging_dir", "disable_tqdm", "remove_unused_columns", "logging_first_step"), ""),
@@ -90,7 +97,7 @@ SAMPLING: Names = {
     "log_completions": "",
     "use_vllm": "",
 }
-QUIET = ("vllm_", "hub_", "dataloader_", "ddp_", "tracker_")
+QUIET = ("vllm_", "hub_", "dataloader_", "ddp_", "tracker_kwargs")
 """How arguments begin that say where and how a library works, not what is learned."""
 
 
@@ -156,7 +163,7 @@ class DPOConfig(Arguments):
 
 
 class CPOConfig(Arguments):
-    names: ClassVar[Names] = {**DPOConfig.names, "cpo_alpha": "sft_weight", "simpo_gamma": "gamma"}
+    names: ClassVar[Names] = {**DPOConfig.names, "cpo_alpha": "sft_weight", "simpo_gamma": "gamma", "alpha": "alpha"}
 
 
 class ORPOConfig(Arguments):
@@ -185,7 +192,7 @@ class GRPOConfig(Arguments):
     names: ClassVar[Names] = {
         **SAMPLING,
         "num_generations": "group",
-        "max_prompt_length": "max_prompt_tokens",
+        "max_prompt_length": lambda tokens: {"max_prompt_tokens": tokens, "long_prompts": "cut"},
         "max_completion_length": "max_new_tokens",
         "generation_batch_size": "rollout",
         "steps_per_generation": "passes",
@@ -197,7 +204,12 @@ class GRPOConfig(Arguments):
         "scale_rewards": Only((True, "group"), "take loss_type='dr_grpo'"),
         "reward_weights": lambda weights: {"reward_weights": tuple(weights)},
         "mask_truncated_completions": "mask_truncated",
-        "sync_ref_model": Only((False,), "the reference stays as it is"),
+        "delta": "dual_clip",
+        "sync_ref_model": "follows",
+        "ref_model_sync_steps": "reference_every",
+        "ref_model_mixup_alpha": "reference_share",
+        "sapo_temperature_pos": "temperature_good",
+        "sapo_temperature_neg": "temperature_bad",
     }
 
 
@@ -218,7 +230,9 @@ class PPOConfig(Arguments):
         "adap_kl_ctrl": "adaptive",
         "target": "kl_target",
         "horizon": "kl_horizon",
-        "kl_penalty": Only(("kl",), "see `kl_term` of plaudit's PPO"),
+        "kl_penalty": _penalised,
+        "ratio_threshold": "ratio_threshold",
+        "tracker_project_name": "track_project",
         "kl_estimator": Only(("k1",), "see `kl_term` of plaudit's PPO"),
         "gamma": "gamma",
         "lam": "lam",
@@ -246,6 +260,10 @@ def sized(kind: type[Training], values: dict[str, Any]) -> dict[str, Any]:
     rows, parts, passes = (made.pop(name, None) for name in ("rows", "parts", "passes"))
     minibatches, episodes, adaptive = (made.pop(name, None) for name in ("minibatches", "episodes", "adaptive"))
     processes = machine.processes()[1]
+    if made.pop("follows", False):
+        made.setdefault("reference_every", 512)
+    else:  # only with it do the others count
+        made = {name: value for name, value in made.items() if name not in ("reference_every", "reference_share")}
     if rows or parts:
         made["batch_size"] = (rows or 8) * (parts or 1) * processes
     if not issubclass(kind, OnPolicy):

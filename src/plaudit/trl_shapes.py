@@ -95,10 +95,10 @@ class Trainer:
             raise PlauditError(f"{type(args).__name__}: `{config.verb_of(self.kind)}` has no setting {odd[0]!r}.")
 
     def _kind(self) -> type[Training]:
-        asked = self.values.pop("kind", next(iter(self.kinds)))
-        if asked not in self.kinds:
-            raise PlauditError(f"loss_type: {asked!r} is not one of {', '.join(self.kinds)}.")
-        return self.kinds[asked]
+        asked = _listed(self.values.pop("kind", next(iter(self.kinds))))
+        if len(asked) != 1 or asked[0] not in self.kinds:
+            raise PlauditError(f"loss_type: {', '.join(map(str, asked))} is not one of {', '.join(self.kinds)}.")
+        return self.kinds[asked[0]]
 
     def train(self) -> Run:
         """Trains, or goes on, as `plaudit.train` does. Models that were given as objects are kept in the run folder."""
@@ -141,12 +141,15 @@ class DPOTrainer(Trainer):
     kinds: ClassVar[Mapping[str, type[Training]]] = {
         "sigmoid": known.DPO,
         "robust": known.RobustDPO,
+        "sigmoid_norm": known.NormalisedDPO,
         "ipo": known.AveragedIPO,
         "hinge": known.Hinge,
         "exo_pair": known.EXO,
         "nca_pair": known.NCA,
         "sppo_hard": known.SPPO,
         "aot": known.AOT,
+        "aot_unpaired": known.UnpairedAOT,
+        "bco_pair": known.PairedBCO,
         "apo_zero": known.APOZero,
         "apo_down": known.APODown,
         "discopop": known.DiscoPOP,
@@ -154,7 +157,7 @@ class DPOTrainer(Trainer):
 
 
 class CPOTrainer(Trainer):
-    kinds, arguments = {"sigmoid": known.CPO, "simpo": known.SimPO}, CPOConfig
+    kinds, arguments = {"sigmoid": known.CPO, "simpo": known.SimPO, "alphapo": known.AlphaPO}, CPOConfig
 
 
 class ORPOTrainer(Trainer):
@@ -170,7 +173,16 @@ class BCOTrainer(Trainer):
 
 
 class GRPOTrainer(Trainer):
-    kinds, arguments = {"grpo": known.GRPO, "dr_grpo": known.DrGRPO}, GRPOConfig
+    arguments = GRPOConfig
+    kinds: ClassVar[Mapping[str, type[Training]]] = {
+        "grpo": known.GRPO,
+        "dr_grpo": known.DrGRPO,
+        "dapo": known.DAPO,
+        "cispo": known.CISPO,
+        "luspo": known.LUSPO,
+        "sapo": known.SAPO,
+        "vespo": known.VESPO,
+    }
 
 
 class PPOTrainer(Trainer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -209,6 +210,7 @@ class OnPolicyAlgorithm(Algorithm):
     def note(self, each: Tensor, raw: Tensor, truncated: Tensor, lengths: Tensor) -> None:
         """Figures of what was drawn, over all processes."""
         self.notes["score"] = self.mean(raw)
+        self.notes["score_std"] = math.sqrt(self.mean((raw - self.notes["score"]).square()))
         self.notes["truncated"] = self.mean(truncated.float())
         self.notes["completion_tokens"] = self.mean(lengths.float())
         if len(each) > 1:

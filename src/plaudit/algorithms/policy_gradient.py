@@ -196,6 +196,7 @@ class ReusingAlgorithm(PolicyGradientAlgorithm):
         super().after_step(step)
         if 0 < self.settings.target_kl < self.moved:
             self.position += -self.position % self.per_rollout
+        self.moved = 0.0  # a step that is skipped tells nothing of its own
 
 
 class BySequence(PolicyGradientAlgorithm):

@@ -32,6 +32,7 @@ class ProximalPolicyOptimisation(ReusingAlgorithm):
         advantages, returns = gae(rewards, batch.values, actions, settings.gamma, settings.lam)
         self.notes |= {
             "return": self.mean(returns[actions]),
+            "return_std": math.sqrt(self.spread(returns[actions])),
             "value": self.mean(batch.values[actions]),
             "explained_variance": self.explained(returns, batch.values, actions),
         }
@@ -42,9 +43,11 @@ class ProximalPolicyOptimisation(ReusingAlgorithm):
     def explained(self, returns: Tensor, values: Tensor, actions: Tensor) -> float:
         """The share of the returns' variance that the values foresaw; 0 is no better than their mean."""
         chosen = returns[actions]
-        errors = chosen - values[actions]
-        spread = self.mean((chosen - self.mean(chosen)).square())
-        return 1 - self.mean((errors - self.mean(errors)).square()) / max(spread, 1e-12)
+        return 1 - self.spread(chosen - values[actions]) / max(self.spread(chosen), 1e-12)
+
+    def spread(self, numbers: Tensor) -> float:
+        """The variance of the numbers of all processes."""
+        return self.mean((numbers - self.mean(numbers)).square())
 
     def objective(self, output: Output, batch: Batch) -> tuple[Tensor, Stats]:
         settings = self.settings
