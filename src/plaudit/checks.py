@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plaudit.errors import PlauditError
-from plaudit.settings.policy_gradient import PPO, OnPolicy, PolicyGradient, ReinforcePP
+from plaudit.settings.policy_gradient import OnPolicy, PolicyGradient, ReinforcePP
 from plaudit.settings.scratch import SCRATCH
 
 if TYPE_CHECKING:
@@ -232,8 +232,9 @@ def check_learning_from_samples(settings: OnPolicy) -> None:
         raise PlauditError("reward_moments: nothing is divided by them: set reward_scale or reward_normalise.")
     if isinstance(settings, ReinforcePP) and settings.baseline == "group" and settings.group == 1:
         raise PlauditError("baseline: a group of one has no others to compare with: raise group, or take none.")
-    if isinstance(settings, PPO) and 0 < settings.dual_clip <= 1:
-        raise PlauditError(f"dual_clip is {settings.dual_clip:g}: give more than 1, or 0 for no such bound.")
+    dual_clip = getattr(settings, "dual_clip", 0.0)
+    if 0 < dual_clip <= 1:
+        raise PlauditError(f"dual_clip is {dual_clip:g}: give more than 1, or 0 for no such bound.")
     if not isinstance(settings, PolicyGradient):
         return
     if settings.compare_samples and not settings.penalised:

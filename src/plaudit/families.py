@@ -12,7 +12,7 @@ from plaudit import data, pairing, sources
 from plaudit.errors import PlauditError
 from plaudit.records import Comparison, Demonstration, Prompt, Ranking, Rating
 from plaudit.settings import ILQL, PPO, SFT, Reward, policy_gradient, preference
-from plaudit.settings.common import Training
+from plaudit.settings.common import Following, Training
 from plaudit.settings.online import BestOfN, OnlineDPO
 from plaudit.settings.policy_gradient import OnPolicy
 from plaudit.settings.sampling import Asking
@@ -196,6 +196,8 @@ def _ready(settings: Training, world: World, policy: Policy) -> Policy:
 
     if settings.gradient_checkpointing:
         checkpoint_layers(policy.backbone)
+    if isinstance(settings, Following):
+        policy.wide_reference = bool(settings.reference_every) and settings.reference_share < 1
     return policy.to(world.device)
 
 

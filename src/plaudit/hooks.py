@@ -147,7 +147,7 @@ class Sparing:
         self.keep = keep
 
     def begin(self, trainer: Trainer) -> None:
-        self.tokens = trainer.algorithm.tokens_per_pass
+        self.tokens = trainer.settings.tokens_per_pass  # fewer may be left even before the first step
 
     def after_step(self, trainer: Trainer) -> None:
         tokens = trainer.algorithm.tokens_per_pass

@@ -84,6 +84,7 @@ class Policy(nn.Module):
     frozen        how many of the first layers never learn and can be run once for all (see `trunk`)
     temperature   divides the logits wherever a log-probability is taken: sampling, update, reference alike
     begins_at_reference  whether the reference is what this policy was in the beginning
+    wide_reference       whether the reference keeps full precision under autocast: it is moved by small steps
     """
 
     def __init__(self, backbone: nn.Module, adapter: nn.Module | None = None) -> None:
@@ -94,6 +95,7 @@ class Policy(nn.Module):
         self.guidance = 0.0
         self.temperature = 1.0
         self.own_head = False
+        self.wide_reference = False
         self.frozen = 0
         self.config = backbone.config
         self.width: int = self.config.get_text_config().hidden_size
@@ -346,7 +348,7 @@ class Policy(nn.Module):
             self._check_trunk(other)
         self.begins_at_reference = other is None
         kept = copy.deepcopy(of._kept_of_reference()).requires_grad_(False).eval()
-        if self.autocasts:
+        if self.autocasts and not self.wide_reference:
             store_linears(kept, torch.bfloat16)
         self._reference = [kept]
 

@@ -78,6 +78,8 @@ def _line(row: Mapping[str, Any]) -> str:
 
 GIVEN = "given"
 """In a run folder: rows and models that a program held in memory and gave the run."""
+UNOWNED = (GIVEN, ".gitkeep", ".DS_Store")
+"""What may lie in a folder before the run that it is for."""
 
 
 class Run:
@@ -115,7 +117,8 @@ class Run:
         if old == settings:
             return
         if old is not None:
-            bound = [{name: value for name, value in side.items() if name not in free} for side in (old, settings)]
+            sides = (old, settings)
+            bound = [{name: _here(value) for name, value in side.items() if name not in free} for side in sides]
             changes = difference(*bound)
             if changes:
                 listed = "".join(f"\n  {change}" for change in changes)
@@ -178,10 +181,17 @@ class Run:
         self.close()
 
 
+def _here(value: Any) -> Any:
+    """A setting, without the run's folder where it names what was given: by other words the folder is the same."""
+    if isinstance(value, list):
+        return [_here(part) for part in value]
+    return str(Path(*Path(value).parts[-2:])) if isinstance(value, str) and Path(value).parent.name == GIVEN else value
+
+
 def check_own(folder: Path) -> None:
     """Raises PlauditError for a folder with files that no run left there; what a program gives a run may come first."""
     ours = any((folder / name).exists() for name in (".lock", "config.yaml"))
-    if not ours and folder.is_dir() and any(entry.name != GIVEN for entry in folder.iterdir()):
+    if not ours and folder.is_dir() and any(entry.name not in UNOWNED for entry in folder.iterdir()):
         raise PlauditError(f"{folder} holds files that no run of plaudit left there; choose another --output.")
 
 

@@ -137,7 +137,7 @@ class Trainer:
         """Takes note of the figure that is watched, and ends the run if it has not got better for long enough."""
         settings = self.settings
         if self.step > self.watch.step:  # or the hooks are called again after a mistake in one of them
-            value = self.world.share(self.figures[settings.watch])
+            value = self.world.share(self.figures.get(settings.watch, math.nan))  # a correlation may be none
             self.watch = self.watch.seen(value, self.step, higher_is_better(settings.watch), settings.drop_after)
         self._end_early()
 
@@ -276,7 +276,7 @@ class Trainer:
             "constant": 1.0,
             "linear": 1 - share,
             "cosine": 0.5 * (1 + math.cos(math.pi * share)),
-            "step": settings.drop_factor ** ((self.step - warmup) // settings.drop_every),
+            "step": settings.drop_factor ** (max(self.step - warmup, 0) // settings.drop_every),
             "plateau": settings.drop_factor**self.watch.drops,
         }
         factor = (self.step + 1) / (warmup + 1) if self.step < warmup else falling[settings.schedule]

@@ -45,7 +45,7 @@ def _scheduled(kind: Any) -> dict[str, Any]:
 def _saved(when: Any) -> dict[str, Any]:
     if when not in ("no", "steps"):
         raise PlauditError(f"save_strategy: {when!r} can't be had: give 'no', or 'steps' and save_steps.")
-    return {"save_every": 0} if when == "no" else {}
+    return {"unsaved": True} if when == "no" else {}
 
 
 def _penalised(kind: Any) -> dict[str, Any]:
@@ -198,7 +198,7 @@ class GRPOConfig(Arguments):
         "steps_per_generation": "passes",
         "num_iterations": "reuse",
         "beta": "kl",
-        "epsilon": lambda clip: {"clip_low": clip, "clip_high": clip},
+        "epsilon": "epsilon",
         "epsilon_high": "clip_high",
         "loss_type": "kind",
         "scale_rewards": Only((True, "group"), "take loss_type='dr_grpo'"),
@@ -260,6 +260,10 @@ def sized(kind: type[Training], values: dict[str, Any]) -> dict[str, Any]:
     rows, parts, passes = (made.pop(name, None) for name in ("rows", "parts", "passes"))
     minibatches, episodes, adaptive = (made.pop(name, None) for name in ("minibatches", "episodes", "adaptive"))
     processes = machine.processes()[1]
+    if made.pop("unsaved", False):
+        made["save_every"] = 0
+    if (epsilon := made.pop("epsilon", None)) is not None:
+        made = {"clip_low": epsilon, "clip_high": epsilon} | made
     if made.pop("follows", False):
         made.setdefault("reference_every", 512)
     else:  # only with it do the others count

@@ -117,7 +117,7 @@ class Trainer:
         values |= {"holdout": 0.0} if self.held is None else {"eval_data": self.held}
         if issubclass(self.kind, OnPolicy):
             values["rewards"] = [_kept(reward, None, folder, "reward") for reward in _listed(self.rewards)]
-        if self.reference is not None and _origin(self.reference) != _origin(self.model):
+        if self.reference is not None and not _same(self.reference, self.model):
             if not issubclass(self.kind, OnPolicy):
                 raise PlauditError("ref_model: the reference is `model` as it begins: leave ref_model out.")
             values["reference"] = _kept(self.reference, self.tokenizer, folder, "reference")
@@ -200,6 +200,13 @@ def _listed(value: Any) -> list[Any]:
 
 
 # ------------------------------------------------------------------------------------------------- models as objects
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two models, names or objects, are one."""
+    if hasattr(one, "save_pretrained") and hasattr(other, "save_pretrained"):
+        return one is other or _digest(one) == _digest(other)
+    return _origin(one) == _origin(other)
 
 
 def _origin(model: Any) -> str:

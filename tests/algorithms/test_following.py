@@ -55,6 +55,19 @@ def test_s2_06_the_reference_moves_by_its_share(at, train_layers):
     assert all(torch.equal(p, after[name]) for name, p in policy.named_parameters())
 
 
+def test_s2_06_a_reference_that_moves_by_little_moves_under_autocast_too(at, tmp_path):
+    changes = {"reference_every": 1, "reference_share": 0.01, "precision": "bfloat16"}
+    algorithm = examples.built(examples.settings("dpo", at, tmp_path / "run", **changes))
+    parameter = next(p for p in algorithm.policy.reference.parameters() if p.dim() > 1)
+    before = parameter.detach().clone()
+    moved(algorithm.policy)
+    for step in range(1, 101):
+        algorithm.after_step(step)
+    own = dict(algorithm.policy.named_parameters())
+    there = [p for p in own.values() if p.shape == parameter.shape and (p - before).abs().max() > 0]
+    assert any(torch.allclose(parameter, torch.lerp(before, p, 1 - 0.99**100), atol=1e-5) for p in there)
+
+
 @pytest.mark.parametrize("kind", ["grpo", "ppo-top", "online_dpo", "dpo", "kto"])
 def test_s2_06_a_reference_that_moved_survives_a_break(kind, at, tmp_path):
     changes = {"reference_every": 2, "reference_share": 0.5}

@@ -310,6 +310,14 @@ def test_s2_03_arguments_become_settings(trainer, given, becomes):
     }
 
 
+def test_s2_05_no_argument_depends_on_the_order_in_which_they_are_given():
+    for given in ({"epsilon": 0.2, "epsilon_high": 0.28}, {"epsilon_high": 0.28, "epsilon": 0.2}):
+        settings = GRPOTrainer(model="m", train_dataset=PAIRS, reward_funcs=len, **given).settings()
+        assert (settings.clip_low, settings.clip_high) == (0.2, 0.28)
+    for given in ({"save_strategy": "no", "save_steps": 9}, {"save_steps": 9, "save_strategy": "no"}):
+        assert DPOTrainer(model="m", train_dataset=PAIRS, **given).settings().save_every == 0
+
+
 def test_s2_04_the_processes_are_counted_where_trl_counts_one(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     ppo = PPOTrainer(model="m", reward_model="r", dataset=PAIRS, config=PPOConfig(batch_size=16)).settings()

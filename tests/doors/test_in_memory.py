@@ -70,7 +70,7 @@ def test_s2_05_rows_in_memory_become_a_file_that_holds_them(given, here):
     assert Path(other.eval_data).read_bytes() == Path(settings.data).read_bytes()
 
 
-def test_s2_05_a_run_from_memory_is_the_run_from_files_bit_by_bit(models, module, prompts):
+def test_s2_05_a_run_from_memory_is_the_run_from_files_bit_by_bit(models, module, prompts, here):
     settings = GRPO(model=str(models / "plain"), data=prompts, rewards=("my_rewards.py:reward", "my_rewards.py:zero"),
                     reward_weights=(0.5, 2.0), output="files", **QUICKLY)  # fmt: skip
     by_files = train(settings)
@@ -81,6 +81,8 @@ def test_s2_05_a_run_from_memory_is_the_run_from_files_bit_by_bit(models, module
     assert kept("memory")["rewards"] == ["my_rewards:reward", "my_rewards:zero"]
     assert from_memory.metrics()[0]["reward/my_rewards:zero"] == 0
     assert kept("memory")["data"] == str(*Path("memory").glob("given/data-*.jsonl"))
+    # The folder may be called otherwise, and lie elsewhere.
+    assert train(replace(in_memory, output=str(here / "memory"))).summary == from_memory.summary
     # The same again is that run, and what the run folder says is enough to have it again.
     assert train(in_memory).summary == from_memory.summary
     named = config.from_mapping(GRPO, {**kept("memory"), "output": "again"}, "memory/config.yaml")
@@ -100,7 +102,7 @@ def test_s4_10_a_broken_off_run_goes_on_with_the_same_rows_and_functions_only(mo
         watched.train(settings, signal_after=1)
     with pytest.raises(PlauditError, match=r"(?s)other settings:\n  rewards: '.*>.vowels' -> '.*>.other'"):
         train(replace(settings, rewards=other))
-    with pytest.raises(PlauditError, match=r"(?s)other settings:\n  data: 'run.given.data-.*jsonl' -> 'run.given.data"):
+    with pytest.raises(PlauditError, match=r"(?s)other settings:\n  data: 'given.data-.*jsonl' -> 'given.data"):
         train(replace(settings, data=ROWS[:-1]))
     said = plaudit("ppo", "--config", "run/config.yaml")
     assert said.code == 2

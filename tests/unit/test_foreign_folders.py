@@ -20,6 +20,7 @@ def test_s3_12_a_folder_with_files_of_somebody_elses_is_refused(name, tmp_path):
 
 def test_s3_12_what_is_empty_or_a_runs_is_taken(tmp_path):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".gitkeep").touch()
     Run.open(tmp_path / "empty", SETTINGS).close()
     (tmp_path / "empty" / "notes.txt").write_text("mine, put there later")
     (tmp_path / "empty" / "config.yaml").unlink()  # as after a mistake before the first step

@@ -176,12 +176,15 @@ class HeldToReference(Algorithm):
         self.policy.move_reference(self.settings.reference_share)
 
     def state(self) -> dict[str, Any]:
-        return super().state() | ({"reference": self.policy.reference.state_dict()} if self.follows else {})
+        if not self.follows:
+            return super().state()
+        # It is the same in all processes, and large.
+        return super().state() | {"reference": self.policy.reference.state_dict() if self.world.is_main else None}
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
         if self.follows:
-            self.policy.reference.load_state_dict(state["reference"])
+            self.policy.reference.load_state_dict(self.world.share(state["reference"]))
 
 
 class FromData(Algorithm):

@@ -182,16 +182,15 @@ def divided(items: Sequence[Judged], settings: Reward) -> tuple[list[int], list[
 
     What is drawn are questions, each with all answers to it: what one person said of two texts is no test of what was
     learned from another person about the same two. Few questions may leave nothing to be kept back."""
+    if not (settings.bootstrap or settings.adaptive_weight_decay):
+        return list(range(len(items))), []
     questions: dict[Any, list[int]] = {}
     for place, item in enumerate(items):
         questions.setdefault(tuple(sorted(map(tuple, item.texts))), []).append(place)
     places, count = list(questions.values()), len(questions)
     draw = np.random.default_rng((settings.seed, count, LOOKS))
-    chosen = np.arange(count)
-    if settings.bootstrap:
-        chosen = draw.integers(count, size=count)
-    elif settings.adaptive_weight_decay:
-        chosen = draw.permutation(count)[round(count / math.e) :]
+    part = round(count / math.e)
+    chosen = draw.integers(count, size=count) if settings.bootstrap else draw.permutation(count)[part:]
     rest = np.setdiff1d(np.arange(count), chosen) if settings.adaptive_weight_decay else chosen[:0]
     learned, kept = ([place for question in part for place in places[question]] for part in (chosen, rest))
     return learned, kept
