@@ -132,6 +132,7 @@ CASES = {
     PPO + "count:a --kl 0 --kl-target 3": "kl_target: the weight adapts by factors, so it cannot begin at 0: raise kl.",
     PPO + "count:a --reject-worst 0.5 --reject-best 0.5": "reject_worst (0.5) and reject_best (0.5) leave no",
     PPO + "count:a --reward-scale --reward-normalise": "reward_normalise takes the mean off, reward_scale leaves it",
+    GRPO + "--dual-clip 0.5": "dual_clip is 0.5: give more than 1, or 0 for no such bound.",
     GRPO + "--group 1": "`group` is 1, but must be greater than or equal to 2.",
     GRPO + "--group 7": "group (7) must divide batch_size (64), or a prompt's answers are torn.",
     GRPO.replace("grpo", "reinforce_pp") + "--baseline group": "baseline: a group of one has no others to compare with",
