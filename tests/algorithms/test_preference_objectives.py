@@ -50,6 +50,24 @@ def test_s2_08_unpaired_aot_reads_log_ratios_and_alphapo_averages():
         verbs.AlphaPO(alpha=0.0, **COMMON)
 
 
+def test_s2_08_what_meets_in_aot_are_margins_and_in_unpaired_aot_log_ratios():
+    # Log-ratios 1 and 2 of the chosen, -0.5 and -1 of the rejected; margins 1 and 3, the reference's -0.5 and 0.
+    own = torch.tensor([[1.0, 0.0], [3.0, 0.0]], dtype=torch.float64)
+    kept = torch.tensor([[0.0, 0.5], [1.0, 1.0]], dtype=torch.float64)
+
+    def met(cls, settings):
+        algorithm = cls.__new__(cls)
+        algorithm.settings = settings
+        return algorithm.compared(own, kept).sum().item()
+
+    def expected(*leads):
+        return sum(math.log(1 + math.exp(-0.5 * lead)) for lead in leads)
+
+    unpaired = met(transport.UnpairedOptimalTransport, verbs.UnpairedAOT(beta=0.5, **COMMON))
+    assert unpaired == pytest.approx(expected(1.0 + 1.0, 2.0 + 0.5))
+    assert met(transport.OptimalTransport, verbs.AOT(beta=0.5, **COMMON)) == pytest.approx(expected(1.0 + 0.5, 3.0))
+
+
 def test_cpo_reads_sums_and_imitates_the_chosen():
     loss, stats = told(preference.ContrastivePreference, verbs.CPO(beta=0.4, sft_weight=3.0, **COMMON))
     pair = torch.nn.functional.softplus(torch.tensor(-0.4 * (-0.5 + 6))).item()
