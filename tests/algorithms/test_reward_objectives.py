@@ -443,6 +443,27 @@ def test_the_weight_decay_rises_where_nothing_can_be_learned_and_reaches_the_opt
     assert decay > 0.02
 
 
+def test_what_the_weight_decay_is_told_by_is_the_loss_of_the_whole_model_though_frozen_layers_ran_once(at, tmp_path):
+    changes = {
+        "model": str(at / "model"),
+        "adaptive_weight_decay": True,
+        "bootstrap": True,
+        "train_layers": 1,
+        "weight_decay": 0.1,
+    }
+    algorithm = examples.built(settings("comparisons", at, tmp_path, examples.judgements("comparisons", 30), **changes))
+    for _ in range(2):
+        sides = algorithm.validation, algorithm.data
+        for looked_at, items in zip(algorithm.looked_at, sides, strict=True):
+            assert looked_at.trunk is not None
+            whole = algorithm.mean_loss(algorithm.rows(items))
+            assert algorithm.mean_loss(looked_at) == pytest.approx(whole, rel=1e-5)
+        with torch.no_grad():
+            for parameter in algorithm.policy.learning().values():
+                parameter += 0.1 * torch.randn_like(parameter)
+    assert whole != pytest.approx(math.log(2), abs=0.01)
+
+
 # ------------------------------------------------------------------------------------------------- normalisation
 
 

@@ -120,6 +120,21 @@ class Algorithm:
                     collected[name][places] = tensor
         return Output(**collected)
 
+    def over_trunk(self, batch: Batch) -> Tensor:
+        """(B, T, d) the frozen layers' activations, computed once for all passes over this batch."""
+        with self.world.autocast():
+            return self.fitting(batch, lambda: self._over_trunk(batch))
+
+    def _over_trunk(self, batch: Batch) -> Tensor:
+        kept: Tensor | None = None
+        for part, places in self.policy.parts(batch, self.tokens_per_pass):
+            activations = self.policy.trunk(part)
+            if kept is None:
+                kept = activations.new_zeros(*batch.tokens.shape, activations.shape[-1])
+            kept[places, : activations.shape[1]] = activations
+        assert kept is not None
+        return kept
+
     def fitting(self, batch: Batch, work: Callable[[], T]) -> T:
         """What `work` returns, which sends `batch` through the model in parts and leaves nothing behind if it fails:
         where memory runs out, it is done again in smaller parts, and so is whatever comes after. Raises PlauditError

@@ -167,8 +167,7 @@ class OnPolicyAlgorithm(Algorithm):
         # A sampled token's surprise is the entropy in expectation; a bonus for it computes the entropy itself.
         self.notes["entropy"] = self.mean(-batch.logprobs[batch.actions])
         if self.policy.frozen:
-            with self.world.autocast():
-                batch = replace(batch, trunk=self.over_trunk(batch))
+            batch = replace(batch, trunk=self.over_trunk(batch))
         batch = self.advantages(batch)
         self.show(drawn)
         return batch.to(self.world.device)
@@ -236,20 +235,6 @@ class OnPolicyAlgorithm(Algorithm):
     def advantages(self, batch: Batch) -> Batch:
         """The batch with `advantages`, and whatever else the loss reads."""
         raise NotImplementedError
-
-    def over_trunk(self, batch: Batch) -> Tensor:
-        """(B, T, d) the frozen layers' activations, computed once for all passes over this rollout."""
-        return self.fitting(batch, lambda: self._over_trunk(batch))
-
-    def _over_trunk(self, batch: Batch) -> Tensor:
-        kept = None
-        for part, places in self.policy.parts(batch, self.tokens_per_pass):
-            activations = self.policy.trunk(part)
-            if kept is None:
-                kept = activations.new_zeros(*batch.tokens.shape, activations.shape[-1])
-            kept[places, : activations.shape[1]] = activations
-        assert kept is not None
-        return kept
 
     def show(self, drawn: list[Completion]) -> None:
         """Keeps a few samples for people to read."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,9 @@ from plaudit.world import World
 
 LOOKS = 20
 """How often in a run its weight decay is adapted."""
+
+LOOKED_AT = 128
+"""Rows of either side, learned from or not, that the weight decay is adapted by."""
 
 
 @dataclass(frozen=True)
@@ -151,16 +155,21 @@ class RewardModelling(FromData):
 
     def adapt_weight_decay(self) -> None:
         """Looks how far the loss on the validation part lies above that on what is learned from."""
-        limit = self.settings.eval_limit
-        unseen, seen = (self.mean_loss(items[:limit]) for items in (self.validation, self.data))
+        unseen, seen = map(self.mean_loss, self.looked_at)
         if seen > 0 and unseen > 0:
             assert self.weight_decay is not None
             self.weight_decay = adapted(self.weight_decay, unseen / seen, self.settings.learning_rate)
             self.notes |= {"validation_ratio": unseen / seen, "weight_decay": self.weight_decay}
 
-    def mean_loss(self, items: list[Judged]) -> float:
+    @cached_property
+    def looked_at(self) -> list[Batch]:
+        """The validation part and what is learned from, as many rows of each, with what frozen layers make of them."""
+        shared = self.policy.frozen and not self.policy.own_head
+        both = [self.rows(items[:LOOKED_AT]).to(self.world.device) for items in (self.validation, self.data)]
+        return [replace(batch, trunk=self.over_trunk(batch)) for batch in both] if shared else both
+
+    def mean_loss(self, batch: Batch) -> float:
         """The loss per unit, without gradient or dropout; 0 where there is no unit."""
-        batch = self.rows(items).to(self.world.device)
         units = float(self.units(batch))
         return float(self.judge(batch, self.quiet_scores(batch))[0]) / units if units else 0.0
 
