@@ -11,6 +11,8 @@ import tiny
 from plaudit import (
     CISPO,
     DAPO,
+    GDPO,
+    GMPO,
     GRPO,
     GSPO,
     ILQL,
@@ -23,7 +25,9 @@ from plaudit import (
     VPG,
     BestOfN,
     DrGRPO,
+    LitePPO,
     OnlineDPO,
+    OnlineIPO,
     ReinforcePP,
     Reward,
     recipes,
@@ -124,13 +128,17 @@ SAMPLED: dict[str, tuple[Any, dict[str, Any]]] = {
     "reinforce_pp": (ReinforcePP, {"baseline": "group", "entropy": 0.01, "mask_truncated": True, **OFTEN, **BUDGET}),
     "grpo": (GRPO, {"entropy": 0.01, "gradient_checkpointing": True}),
     "dr_grpo": (DrGRPO, {"kl_term": "k2", "reject_best": 0.2, "reward_normalise": False, "reward_scale": True}),
+    "lite_ppo": (LitePPO, {"dual_clip": 1.5}),
+    "gdpo": (GDPO, {"rewards": ("count:a", "count:e"), "reward_weights": (1.0, 0.5)}),
     "dapo": (DAPO, {"kl": 0.0, "kl_target": 0.0, "overlong": 0.5}),
     "gspo": (GSPO, {"kl_term": "reward", "train_layers": 1}),
     "cispo": (CISPO, {"kl_term": "straight_through", "clip_high": 0.1}),
+    "gmpo": (GMPO, {"kl_term": "reward"}),
     "luspo": (LUSPO, {"kl": 0.0, "kl_target": 0.0}),
     "sapo": (SAPO, {"temperature_bad": 2.0}),
     "vespo": (VESPO, {"kl_term": "k2"}),
     "online_dpo": (OnlineDPO, {"label_smoothing": 0.1}),
+    "online_ipo": (OnlineIPO, {}),
     "best_of_n": (BestOfN, {"rollout": 16, "batch_size": 8}),
 }
 
@@ -141,6 +149,8 @@ PREFERRED: dict[str, dict[str, Any]] = {
     "hinge": {"lora_rank": 2},
     "exo": {"precompute_reference": True, "train_layers": 1},
     "bco": {"match_prompts": True},
+    "f_dpo": {"divergence": "alpha", "alpha": 0.7},
+    "ld_dpo": {"alpha": 0.3},
     "simpo": {"gradient_checkpointing": True},
 }
 ENCDEC = ("sft-encdec", "ppo-encdec", "dpo-encdec", "kto-encdec", "grpo-encdec")
@@ -172,9 +182,17 @@ def settings(kind: str, at: Path, output: Path, **changes: Any) -> Any:
             data["model"] = str(at / "encoder")
         return Reward(**{**common, **taught, **data, "steps": 5, "evaluate_every": 2, **changes})
     if kind in PREFERENCES:
-        file = str(at / ("labels.jsonl" if kind == "bco" else "comparisons.jsonl"))
+        file = str(at / ("labels.jsonl" if kind in ("bco", "apo_zero_unpaired") else "comparisons.jsonl"))
         data = {"data": file, "eval_data": file}
-        told = kind in ("dpo", "aot", "bco_pair", "kto", "bco", "rrhf")  # the others differ from dpo in a formula
+        told = kind in (
+            "dpo",
+            "wpo",
+            "aot",
+            "bco_pair",
+            "kto",
+            "bco",
+            "rrhf",
+        )  # others are dpo by another formula
         every = 2 if told else 0
         given = {"model": str(at / "dropping"), "batch_size": 4, "steps": 5, "evaluate_every": every, **data}
         given["tokens_per_pass"] = 96

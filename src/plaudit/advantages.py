@@ -206,6 +206,20 @@ def group_standardised(rewards: Tensor, group: int) -> Tensor:
     return torch.where(spread > 0, centred / spread, torch.zeros_like(centred)).flatten().to(rewards.dtype)
 
 
+def decoupled(each: Tensor, weights: Tensor, group: int) -> Tensor:
+    """(K, N) rewards by K sources -> (N,) the sum by `weights` (K,) of what each is within its group, of `group`
+    neighbours, as `group_standardised` among those that it applies to: NaN is none. Liu et al. 2026 (GDPO,
+    arXiv:2601.05242)."""
+    sets = each.detach().double().view(len(each), -1, group)
+    applies = ~sets.isnan()
+    count = applies.sum(2, keepdim=True)
+    known = sets.nan_to_num(0.0)
+    centred = torch.where(applies, known - known.sum(2, keepdim=True) / count.clamp(min=1), 0.0)
+    spread = (centred.square().sum(2, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    placed = torch.where(spread > EQUAL, centred / spread, torch.zeros_like(centred))
+    return (weights.to(placed)[:, None] * placed.flatten(1)).sum(0).to(each.dtype)
+
+
 def leave_one_out(rewards: Tensor, group: int) -> Tensor:
     """(N,) -> (N,) each reward less the mean of the others of its group, of `group` neighbours; exactly 0 where all
     are equal, or alone. Ahmadian et al. 2024 (arXiv:2402.14740), RLOO."""

@@ -13,7 +13,7 @@ from plaudit.errors import PlauditError
 from plaudit.records import Comparison, Demonstration, Prompt, Ranking, Rating
 from plaudit.settings import ILQL, PPO, SFT, Reward, policy_gradient, preference
 from plaudit.settings.common import Following, Training
-from plaudit.settings.online import BestOfN, OnlineDPO
+from plaudit.settings.online import BestOfN, OnlineDPO, OnlineIPO
 from plaudit.settings.policy_gradient import OnPolicy
 from plaudit.settings.sampling import Asking
 
@@ -272,6 +272,7 @@ def _check_readable(settings: Any, policy: Policy, lengths: Iterable[int]) -> No
 
 def on_policy_classes() -> dict[type, type[Algorithm]]:
     """The algorithm of each settings class that samples."""
+    from plaudit.algorithms import group_relative as grouped
     from plaudit.algorithms import online, ppo
     from plaudit.algorithms import policy_gradient as known
     from plaudit.algorithms import weighed_ratios as weighed
@@ -281,15 +282,19 @@ def on_policy_classes() -> dict[type, type[Algorithm]]:
         policy_gradient.VPG: known.VanillaPolicyGradient,
         policy_gradient.RLOO: known.LeaveOneOut,
         policy_gradient.ReinforcePP: known.ReinforcePlusPlus,
-        policy_gradient.GRPO: known.GroupRelativePolicyOptimisation,
-        policy_gradient.DrGRPO: known.GroupRelativeDoneRight,
-        policy_gradient.DAPO: known.DynamicSampling,
-        policy_gradient.GSPO: known.GroupSequencePolicyOptimisation,
+        policy_gradient.GRPO: grouped.GroupRelativePolicyOptimisation,
+        policy_gradient.DrGRPO: grouped.GroupRelativeDoneRight,
+        policy_gradient.LitePPO: grouped.LiteClipped,
+        policy_gradient.GDPO: grouped.GroupRewardDecoupled,
+        policy_gradient.GMPO: grouped.GeometricMean,
+        policy_gradient.DAPO: grouped.DynamicSampling,
+        policy_gradient.GSPO: grouped.GroupSequencePolicyOptimisation,
         policy_gradient.CISPO: weighed.ClippedWeights,
-        policy_gradient.LUSPO: known.LengthUnbiased,
+        policy_gradient.LUSPO: grouped.LengthUnbiased,
         policy_gradient.SAPO: weighed.SoftAdaptive,
         policy_gradient.VESPO: weighed.VariationalSequence,
         OnlineDPO: online.OnlineDirectPreference,
+        OnlineIPO: online.OnlineIdentityPreference,
         BestOfN: online.BestOfSeveral,
     }
 
@@ -328,13 +333,16 @@ def _ilql(settings: ILQL, world: World, template: Template, *items: list[Any]) -
 
 def preference_classes() -> dict[type, type[Algorithm]]:
     """The algorithm of each settings class that learns from preferences."""
+    from plaudit.algorithms import direct, transport, unpaired
     from plaudit.algorithms import preference as paired
-    from plaudit.algorithms import transport, unpaired
 
     return {
         preference.DPO: paired.DirectPreference,
         preference.RobustDPO: paired.RobustDirectPreference,
         preference.NormalisedDPO: paired.NormalisedDirectPreference,
+        preference.DivergenceDPO: direct.DivergencePreference,
+        preference.LengthDesensitisedDPO: direct.LengthDesensitised,
+        preference.WPO: direct.WeightedPreference,
         preference.IPO: paired.IdentityPreference,
         preference.AveragedIPO: paired.AveragedIdentityPreference,
         preference.Hinge: paired.HingePreference,
@@ -344,15 +352,19 @@ def preference_classes() -> dict[type, type[Algorithm]]:
         preference.AOT: transport.OptimalTransport,
         preference.UnpairedAOT: transport.UnpairedOptimalTransport,
         preference.PairedBCO: unpaired.PairedBinaryClassifier,
+        preference.MPO: direct.MixedPreference,
         preference.APOZero: paired.AnchoredZero,
         preference.APODown: paired.AnchoredDown,
         preference.DiscoPOP: paired.DiscoveredPreference,
         preference.RRHF: paired.RankResponses,
         preference.CPO: paired.ContrastivePreference,
+        preference.SLiC: paired.SequenceLikelihood,
+        preference.ReferenceFreeIPO: paired.ReferenceFreeIdentity,
         preference.SimPO: paired.SimplePreference,
         preference.AlphaPO: paired.ShapedPreference,
         preference.ORPO: paired.OddsRatio,
         preference.KTO: unpaired.KahnemanTversky,
+        preference.UnpairedAPOZero: unpaired.UnpairedAnchoredZero,
         preference.BCO: unpaired.BinaryClassifier,
     }
 
@@ -409,6 +421,7 @@ FAMILIES: dict[type, Family] = {
     Reward: Family("text", "max_tokens", judgement_kind, _judged, _reward, _found),
     preference.Preference: _PREFERENCE,
     preference.KTO: _SINGLE,
+    preference.UnpairedAPOZero: _SINGLE,
     preference.BCO: _SINGLE,
     preference.RRHF: _RANKED,
     OnPolicy: Family(

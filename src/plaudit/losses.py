@@ -185,6 +185,32 @@ def sequence_surrogate(
     return loss, stats | {"approx_kl": ((torch.expm1(near) - near).sum(1) / lengths).sum()}
 
 
+def geometric_surrogate(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, actions: Tensor, clip: tuple[float, float]
+) -> tuple[Tensor, Stats]:
+    """-A * exp(mean of the clipped log-ratios of its tokens) of every sequence. The unit is a sequence; rows without
+    actions are none.
+
+    logprobs, old_logprobs (B, T), advantages (B, T) equal within a row. A token's log-ratio is cut at -low where A < 0
+    and at `high` where A > 0, on the side where going on would pay. Zhao et al. 2025 (GMPO, arXiv:2507.20673), eq. 4.
+
+    Statistics: ratio of sequences; clip_fraction (tokens without a gradient) and approx_kl, as means over a sequence's
+    tokens.
+    """
+    low, high = clip
+    log_ratio, gain = _moved(logprobs, old_logprobs, advantages, actions)
+    lengths = actions.sum(1).clamp(min=1)
+    held = torch.where(gain > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=-low))
+    ratio = (held.sum(1) / lengths).clamp(-20, 20).exp()
+    near = log_ratio.detach()
+    stats = {
+        "ratio": (ratio.detach() * actions.any(1)).sum(),
+        "clip_fraction": ((held != log_ratio).sum(1) / lengths).sum(),
+        "approx_kl": ((torch.expm1(near) - near).sum(1) / lengths).sum(),
+    }
+    return -(ratio * gain.sum(1) / lengths).sum(), stats
+
+
 def clipped_weight(
     logprobs: Tensor,
     old_logprobs: Tensor,

@@ -24,17 +24,24 @@ TITLES = {
     "ppo": "PPO",
     "robust_dpo": "Robust DPO",
     "dpo_norm": "DPO, averaged over tokens",
+    "f_dpo": "DPO by another divergence",
+    "ld_dpo": "DPO less fond of length",
     "ipo_avg": "IPO, averaged over tokens",
     "aot_unpaired": "AOT, unpaired",
     "bco_pair": "BCO of pairs",
     "apo_zero": "APO-zero",
     "apo_down": "APO-down",
+    "apo_zero_unpaired": "APO-zero, unpaired",
     "discopop": "DiscoPOP",
+    "slic": "SLiC",
+    "cpo_ipo": "IPO without a reference",
     "simpo": "SimPO",
     "alphapo": "AlphaPO",
     "reinforce_pp": "REINFORCE++",
     "dr_grpo": "Dr. GRPO",
+    "lite_ppo": "Lite PPO",
     "online_dpo": "Online DPO",
+    "online_ipo": "Online IPO",
     "best_of_n": "Best of n",
     "evaluate": "Evaluation",
 }
@@ -54,7 +61,10 @@ FACTS = {
     "distinct_2": "distinct-2",
     "completion_tokens": "tokens",
 }
-ACRONYMS = "sft ppo dpo ipo kto cpo bco orpo exo nca sppo aot rrhf grpo rloo vpg ilql dapo gspo cispo luspo sapo vespo"
+ACRONYMS = (
+    "sft ppo dpo wpo mpo ipo kto cpo bco orpo exo nca sppo aot rrhf grpo gdpo rloo vpg ilql dapo gspo gmpo cispo luspo "
+    "sapo vespo"
+)
 SHARES = re.compile(r"accuracy|_share$|^win_rate|^agreement$")
 COMPARED = {"win_rate", "win_rate_low", "win_rate_high", "p_value", "prompts"}  # said once, beside the table of models
 

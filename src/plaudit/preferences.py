@@ -28,16 +28,35 @@ Preferred = float | Tensor
 
 
 def dpo(
-    chosen: Tensor, rejected: Tensor, beta: float, preference: Preferred = 1.0, label_smoothing: float = 0.0
+    chosen: Tensor,
+    rejected: Tensor,
+    beta: float,
+    preference: Preferred = 1.0,
+    label_smoothing: float = 0.0,
+    weight: float | Tensor = 1.0,
 ) -> tuple[Tensor, Stats]:
-    """-[t log sigmoid(beta h) + (1 - t) log sigmoid(-beta h)] of every pair, h = chosen - rejected.
+    """-w [t log sigmoid(beta h) + (1 - t) log sigmoid(-beta h)] of every pair, h = chosen - rejected.
 
     t = p (1 - e) + (1 - p) e for a share e = label_smoothing of answers that are the wrong way round. Rafailov et al.
     2023 (arXiv:2305.18290), eq. 7; e > 0 is the conservative DPO of Mitchell 2023, "A note on DPO with noisy
     preferences & relationship to IPO". The optimum for preferences by Bradley-Terry is pi_ref exp(r / beta) / Z.
+    weight w, one number or (P,), to which nothing flows: 1, or as in Zhou et al. 2024 (WPO, arXiv:2406.11827), eq. 2.
     """
-    loss = logistic(beta * (chosen - rejected), smoothed(preference, label_smoothing))
+    loss = _kept(weight) * logistic(beta * (chosen - rejected), smoothed(preference, label_smoothing))
     return loss.sum(), pair_figures(beta * chosen, beta * rejected, preference)
+
+
+def divergence_slope(ratios: Tensor, divergence: str, alpha: float = 0.5) -> Tensor:
+    """f'(u) of the divergence E_ref[f(u)], u = pi / pi_ref, up to a constant: what takes the place of log u in `dpo`.
+
+    ratios: log u. jensen_shannon: log(2 u / (1 + u)); forward_kl: 1 - 1 / u; alpha: (1 - u^-alpha) / alpha, which is
+    log u for alpha -> 0, the reverse KL, and the forward KL for 1. Wang et al. 2023 (f-DPO, arXiv:2309.16240), table 1.
+    """
+    if divergence == "jensen_shannon":
+        return math.log(2) + logsigmoid(ratios)
+    alpha = 1.0 if divergence == "forward_kl" else alpha
+    # Far below the reference no float would hold it: there it stays where it is.
+    return -torch.expm1((-alpha * ratios).clamp(max=20)) / alpha
 
 
 def robust_dpo(

@@ -173,7 +173,7 @@ class ORPOConfig(Arguments):
 class KTOConfig(Arguments):
     names: ClassVar[Names] = {
         **ORPOConfig.names,
-        "loss_type": Only(("kto",), "take KTO"),
+        "loss_type": "kind",
         "desirable_weight": "desirable_weight",
         "undesirable_weight": "undesirable_weight",
     }
@@ -201,7 +201,7 @@ class GRPOConfig(Arguments):
         "epsilon": "epsilon",
         "epsilon_high": "clip_high",
         "loss_type": "kind",
-        "scale_rewards": Only((True, "group"), "take loss_type='dr_grpo'"),
+        "scale_rewards": Only((True, "group"), "take loss_type='dr_grpo', or the verb lite_ppo"),
         "reward_weights": lambda weights: {"reward_weights": tuple(weights)},
         "mask_truncated_completions": "mask_truncated",
         "delta": "dual_clip",

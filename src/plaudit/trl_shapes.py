@@ -157,7 +157,14 @@ class DPOTrainer(Trainer):
 
 
 class CPOTrainer(Trainer):
-    kinds, arguments = {"sigmoid": known.CPO, "simpo": known.SimPO, "alphapo": known.AlphaPO}, CPOConfig
+    arguments = CPOConfig
+    kinds: ClassVar[Mapping[str, type[Training]]] = {
+        "sigmoid": known.CPO,
+        "hinge": known.SLiC,
+        "ipo": known.ReferenceFreeIPO,
+        "simpo": known.SimPO,
+        "alphapo": known.AlphaPO,
+    }
 
 
 class ORPOTrainer(Trainer):
@@ -165,7 +172,7 @@ class ORPOTrainer(Trainer):
 
 
 class KTOTrainer(Trainer):
-    kinds, arguments = {"kto": known.KTO}, KTOConfig
+    kinds, arguments = {"kto": known.KTO, "apo_zero_unpaired": known.UnpairedAPOZero}, KTOConfig
 
 
 class BCOTrainer(Trainer):

@@ -13,7 +13,7 @@ import tiny
 import watched
 from plaudit import PlauditError
 from plaudit.advantages import kl_abs, kl_k2, kl_shaped_rewards
-from plaudit.algorithms.divergence import exact_divergence
+from plaudit.algorithms.vocabulary import exact_divergence
 from plaudit.batch import collate
 from plaudit.hooks import Progressing
 from plaudit.loading import load_policy
@@ -145,7 +145,7 @@ def test_s1_15_s4_21_penalties_in_the_reward_by_hand():
 
 @pytest.mark.parametrize("changes", [{}, {"train_layers": 1}, {"lora_rank": 2}])
 def test_s1_15_the_exact_divergence_is_the_sum_over_the_vocabulary(changes, at, monkeypatch):
-    monkeypatch.setattr("plaudit.algorithms.divergence._ROWS", 2)
+    monkeypatch.setattr("plaudit.algorithms.vocabulary._ROWS", 2)
     policy, world = load_policy(str(at / "model"), **changes), World.start(device="cpu")
     policy.temperature = 0.7
     policy.keep_reference()

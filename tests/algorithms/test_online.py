@@ -9,7 +9,7 @@ import torch
 
 import examples
 import plaudit
-from plaudit import BestOfN, OnlineDPO
+from plaudit import BestOfN, OnlineDPO, OnlineIPO
 from plaudit.algorithms.online import extremes
 from plaudit.trainer import Trainer
 
@@ -21,13 +21,13 @@ def figures_of(algorithm, batch):
     return trainer.figures
 
 
-@pytest.mark.parametrize("kind", [OnlineDPO, BestOfN], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [OnlineDPO, OnlineIPO, BestOfN], ids=lambda kind: kind.__name__)
 def test_it_learns_to_please_a_count(kind, talker, tmp_path):
     run = plaudit.train(examples.pleasing(kind, talker, tmp_path, group=4, steps=20))
     scores = [line["score"] for line in run.metrics()]
     assert scores[0] < 1
     assert scores[-1] > 2.5, scores  # of 8
-    assert ("kl" in run.summary) == (kind is OnlineDPO)
+    assert ("kl" in run.summary) == (kind is not BestOfN)
 
 
 def test_the_best_and_the_worst_of_each_group():
@@ -77,6 +77,15 @@ def test_b8_at_the_start_a_pair_costs_log_2(at, tmp_path):
     figures = figures_of(algorithm, next(algorithm.batches()))
     assert figures["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert abs(algorithm.notes["kl"]) < 1e-5
+
+
+def test_online_ipo_aims_at_a_margin(at, tmp_path):
+    algorithm = examples.built(examples.settings("online_ipo", at, tmp_path / "run", beta=0.25))
+    figures = figures_of(algorithm, next(algorithm.batches()))
+    assert figures["loss"] == pytest.approx(4.0, abs=1e-4)  # B8: (1 / (2 beta))^2
+    loss, stats = algorithm.pairs(torch.tensor([3.0, 0.5]), torch.tensor([0.5, 0.0]))
+    assert loss.item() == pytest.approx((2.5 - 2) ** 2 + (0.5 - 2) ** 2)
+    assert stats["margin"].item() == pytest.approx(0.25 * 3.0)
 
 
 def test_r16_where_all_are_alike_nothing_is_learned(at, tmp_path):

@@ -12,11 +12,27 @@ from transformers import AutoModelForCausalLM
 import examples
 import plaudit
 import tiny
-from plaudit import CISPO, DAPO, GRPO, GSPO, LUSPO, RLOO, SAPO, VESPO, VPG, DrGRPO, PlauditError, ReinforcePP
+from plaudit import (
+    CISPO,
+    DAPO,
+    GDPO,
+    GMPO,
+    GRPO,
+    GSPO,
+    LUSPO,
+    RLOO,
+    SAPO,
+    VESPO,
+    VPG,
+    DrGRPO,
+    LitePPO,
+    PlauditError,
+    ReinforcePP,
+)
 from plaudit.trainer import Trainer
 
 LETTERS = {letter: tiny.tokenizer()(letter).input_ids[0] for letter in examples.LETTERS}
-GROUPED = (RLOO, GRPO, DrGRPO, DAPO, GSPO, CISPO, LUSPO, SAPO, VESPO)
+GROUPED = (RLOO, GRPO, DrGRPO, LitePPO, GDPO, DAPO, GSPO, GMPO, CISPO, LUSPO, SAPO, VESPO)
 
 
 def built(kind, at, tmp_path, **changes):
@@ -185,7 +201,7 @@ def test_b14_each_algorithm_weighs_tokens_as_its_paper_says(at, tmp_path):
     algorithm, batch, _ = shares_of("luspo", at, tmp_path)
     assert torch.equal(algorithm.share(batch), batch.actions.float())
     assert algorithm.weight(batch) == 8
-    for kind in ("grpo", "gspo", "sapo"):
+    for kind in ("grpo", "gdpo", "gspo", "gmpo", "sapo"):
         algorithm, batch, lengths = shares_of(kind, at, tmp_path, **plain)
         assert algorithm.weight(batch) == 8
         torch.testing.assert_close(algorithm.share(batch), batch.actions / lengths)
@@ -193,7 +209,7 @@ def test_b14_each_algorithm_weighs_tokens_as_its_paper_says(at, tmp_path):
     assert algorithm.weight(batch) == 8
     torch.testing.assert_close(algorithm.share(batch), batch.actions / 6)  # max_new_tokens
     torch.testing.assert_close(algorithm.counted(batch), batch.actions / lengths)
-    for kind in ("dapo", "cispo", "vespo", "reinforce_pp", "ppo"):
+    for kind in ("lite_ppo", "dapo", "cispo", "vespo", "reinforce_pp", "ppo"):
         algorithm, batch, _ = shares_of(kind, at, tmp_path)
         assert algorithm.weight(batch) == batch.actions.sum()
         assert torch.equal(algorithm.share(batch), batch.actions.float())
@@ -241,7 +257,7 @@ def test_reinforce_pp_pays_the_divergence_to_come_and_standardises_over_the_roll
     assert not batch.advantages[~batch.actions].any()
 
 
-FAMILY = ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "luspo", "sapo", "vespo"]
+FAMILY = ["grpo", "dr_grpo", "lite_ppo", "gdpo", "gmpo", "dapo", "gspo", "cispo", "luspo", "sapo", "vespo"]
 
 
 @pytest.mark.parametrize("kind", ["rloo", *FAMILY, "reinforce_pp"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from plaudit import settings as verbs
+from plaudit.algorithms import group_relative as grouped
 from plaudit.algorithms import policy_gradient as known
 from plaudit.batch import collate
 
@@ -26,9 +27,9 @@ def of(cls, settings):
     ("cls", "settings", "gain", "part"),
     [
         (known.LeaveOneOut, verbs.RLOO(**COMMON), 3.0, [1.0, 1.0, 1.0]),
-        (known.GroupRelativePolicyOptimisation, verbs.GRPO(**COMMON), 0.5**0.5, [1.0, 1 / 2, 1 / 3]),
-        (known.GroupRelativeDoneRight, verbs.DrGRPO(**COMMON, max_new_tokens=8), 1.5, [1 / 8, 1 / 8, 1 / 8]),
-        (known.DynamicSampling, verbs.DAPO(**COMMON), 0.5**0.5, [1.0, 1.0, 1.0]),
+        (grouped.GroupRelativePolicyOptimisation, verbs.GRPO(**COMMON), 0.5**0.5, [1.0, 1 / 2, 1 / 3]),
+        (grouped.GroupRelativeDoneRight, verbs.DrGRPO(**COMMON, max_new_tokens=8), 1.5, [1 / 8, 1 / 8, 1 / 8]),
+        (grouped.DynamicSampling, verbs.DAPO(**COMMON), 0.5**0.5, [1.0, 1.0, 1.0]),
     ],
     ids=["rloo", "grpo", "dr_grpo", "dapo"],
 )

@@ -14,17 +14,17 @@ import pytest
 import torch
 from one_token import OneToken
 
-from plaudit import CISPO, DAPO, GRPO, GSPO, LUSPO, PPO, RLOO, SAPO, VESPO, VPG, DrGRPO, ReinforcePP
-from plaudit.algorithms.policy_gradient import (
+from plaudit import CISPO, DAPO, GMPO, GRPO, GSPO, LUSPO, PPO, RLOO, SAPO, VESPO, VPG, DrGRPO, LitePPO, ReinforcePP
+from plaudit.algorithms.group_relative import (
     DynamicSampling,
+    GeometricMean,
     GroupRelativeDoneRight,
     GroupRelativePolicyOptimisation,
     GroupSequencePolicyOptimisation,
-    LeaveOneOut,
     LengthUnbiased,
-    ReinforcePlusPlus,
-    VanillaPolicyGradient,
+    LiteClipped,
 )
+from plaudit.algorithms.policy_gradient import LeaveOneOut, ReinforcePlusPlus, VanillaPolicyGradient
 from plaudit.algorithms.ppo import ProximalPolicyOptimisation
 from plaudit.algorithms.weighed_ratios import ClippedWeights, SoftAdaptive, VariationalSequence
 from plaudit.batch import Batch
@@ -37,6 +37,7 @@ KINDS = {
     "vpg": (VanillaPolicyGradient, VPG),
     "rloo": (LeaveOneOut, RLOO),
     "dr_grpo": (GroupRelativeDoneRight, DrGRPO),
+    "lite_ppo": (LiteClipped, LitePPO),
     "grpo": (GroupRelativePolicyOptimisation, GRPO),
     "reinforce_pp": (ReinforcePlusPlus, ReinforcePP),
     "ppo": (ProximalPolicyOptimisation, PPO),
@@ -44,6 +45,7 @@ KINDS = {
 AS_GRPO = {
     "gspo": (GroupSequencePolicyOptimisation, GSPO),
     "luspo": (LengthUnbiased, LUSPO),
+    "gmpo": (GeometricMean, GMPO),
     "cispo": (ClippedWeights, CISPO),
     "sapo": (SoftAdaptive, SAPO),
     "vespo": (VariationalSequence, VESPO),
@@ -153,10 +155,15 @@ def over_the_spread_of_all(policy, rewards):
     return rewards / np.sqrt(policy @ (rewards - mean) ** 2)
 
 
+def over_the_spread_of_all_and_with_itself(policy, rewards):
+    return with_itself_in_the_mean(policy, over_the_spread_of_all(policy, rewards))
+
+
 MAKES = {
     "vpg": as_they_are,
     "rloo": as_they_are,
     "dr_grpo": with_itself_in_the_mean,
+    "lite_ppo": over_the_spread_of_all_and_with_itself,
     "grpo": over_the_spread_of_a_group,
     "reinforce_pp": over_the_spread_of_all,
     "ppo": over_the_spread_of_all,  # whose advantages are whitened, whatever the value head takes off all of them
@@ -205,8 +212,8 @@ def test_b2_b3_sampled_gradients_lead_to_the_fixed_point_of_class_and_term(verb,
         makes = as_they_are
     elif verb == "grpo":
         rewards, beta = TWO_VALUED, 1.0
-    elif verb in ("reinforce_pp", "ppo"):
-        beta = 1.8
+    elif verb in ("reinforce_pp", "ppo", "lite_ppo"):
+        beta = 1.35 if verb == "lite_ppo" else 1.8
     algorithm = built(verb, term, ROWS, kl=beta)
     policy, average = algorithm.policy, torch.zeros(ARMS, dtype=torch.float64)
     generator = torch.Generator().manual_seed(1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from plaudit import settings as verbs
-from plaudit.algorithms import policy_gradient, weighed_ratios
+from plaudit.algorithms import group_relative, policy_gradient, weighed_ratios
 from plaudit.batch import collate
 from plaudit.policy import Output
 
@@ -35,10 +35,10 @@ def gate(ratio, temperature):
 def test_s2_06_luspo_counts_a_completion_as_it_is_long():
     wide = {"clip_low": 0.9, "clip_high": 9.0}
     ratio = math.sqrt(2)
-    assert told(policy_gradient.GroupSequencePolicyOptimisation, verbs.GSPO(**COMMON, **wide)) == pytest.approx(
+    assert told(group_relative.GroupSequencePolicyOptimisation, verbs.GSPO(**COMMON, **wide)) == pytest.approx(
         -3 * ratio + 2
     )
-    assert told(policy_gradient.LengthUnbiased, verbs.LUSPO(**COMMON, **wide)) == pytest.approx(-2 * 3 * ratio + 2)
+    assert told(group_relative.LengthUnbiased, verbs.LUSPO(**COMMON, **wide)) == pytest.approx(-2 * 3 * ratio + 2)
 
 
 def test_s2_06_sapo_has_a_temperature_for_good_and_one_for_bad():
@@ -57,9 +57,9 @@ def test_s2_06_vespo_has_a_power_and_a_decay_for_good_and_for_bad():
 @pytest.mark.parametrize(
     ("cls", "settings", "share"),
     [
-        (policy_gradient.GroupRelativePolicyOptimisation, verbs.GRPO, (1 / 2, 1.0)),
-        (policy_gradient.GroupRelativeDoneRight, verbs.DrGRPO, (1 / 4, 1 / 4)),
-        (policy_gradient.DynamicSampling, verbs.DAPO, (1.0, 1.0)),
+        (group_relative.GroupRelativePolicyOptimisation, verbs.GRPO, (1 / 2, 1.0)),
+        (group_relative.GroupRelativeDoneRight, verbs.DrGRPO, (1 / 4, 1 / 4)),
+        (group_relative.DynamicSampling, verbs.DAPO, (1.0, 1.0)),
     ],
     ids=["grpo", "dr_grpo", "dapo"],
 )

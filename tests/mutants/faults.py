@@ -41,6 +41,14 @@ TESTS: dict[str, tuple[str, ...]] = {
         RUNS + "test_policy_gradient.py",
     ),
     "algorithms/weighed_ratios.py": (RUNS + "test_weighed_ratios.py",),
+    "algorithms/group_relative.py": (
+        RUNS + "test_group_relative.py",
+        RUNS + "test_weighed_ratios.py",
+        RUNS + "test_tabular.py",
+        RUNS + "test_policy_gradient_credit.py",
+        RUNS + "test_policy_gradient.py",
+    ),
+    "algorithms/direct.py": (RUNS + "test_direct.py",),
     "algorithms/ppo.py": (RUNS + "test_ppo.py",),
     "algorithms/preference.py": (
         RUNS + "test_preference_objectives.py",
@@ -591,12 +599,12 @@ FAULTS = [
     Fault(
         "RLOO by GRPO's advantages",
         "algorithms/policy_gradient.py",
-        "everywhere(leave_one_out(rewards.sum(1), self.settings.group), batch)",
-        "everywhere(group_standardised(rewards.sum(1), self.settings.group), batch)",
+        "led = leave_one_out(rewards.sum(1), self.settings.group)",
+        "led = self.standardised(rewards.sum(1))",
     ),
     Fault(
         "Dr. GRPO divides by its own lengths",
-        "algorithms/policy_gradient.py",
+        "algorithms/group_relative.py",
         "return batch.actions / self.settings.max_new_tokens",
         "return batch.actions / batch.actions.sum(1, keepdim=True).clamp(min=1)",
     ),
@@ -608,7 +616,7 @@ FAULTS = [
     ),
     Fault(
         "DAPO keeps what teaches nothing",
-        "algorithms/policy_gradient.py",
+        "algorithms/group_relative.py",
         "actions=batch.actions & ~alike[:, None]",
         "actions=batch.actions",
     ),
@@ -627,14 +635,14 @@ FAULTS = [
     Fault(
         "CPO imitates the rejected",
         "algorithms/preference.py",
-        "imitation = -(batch.targets * self.averages(logprobs, batch)).sum()",
-        "imitation = -((1 - batch.targets) * self.averages(logprobs, batch)).sum()",
+        "return -(batch.targets * self.averages(logprobs, batch)).sum()",
+        "return -((1 - batch.targets) * self.averages(logprobs, batch)).sum()",
     ),
     Fault(
         "CPO imitates whatever stands first",
         "algorithms/preference.py",
-        "imitation = -(batch.targets * self.averages(logprobs, batch)).sum()",
-        "imitation = -self.averages(logprobs, batch)[0::2].sum()",
+        "return -(batch.targets * self.averages(logprobs, batch)).sum()",
+        "return -self.averages(logprobs, batch)[0::2].sum()",
     ),
     Fault(
         "a prompt that ends inside a word", "turns.py", 'r"[^\\S\\n]*\\S*\\Z", "", first', 'r"[^\\S\\n]*\\Z", "", first'
@@ -660,7 +668,7 @@ FAULTS = [
     ),
     Fault(
         "LUSPO by averages of tokens",
-        "algorithms/policy_gradient.py",
+        "algorithms/group_relative.py",
         "mean=True, share=self.share(batch).sum(1))",
         "mean=True)",
     ),

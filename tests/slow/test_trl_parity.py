@@ -41,7 +41,16 @@ from environments import environment
 from plaudit import preferences
 from plaudit import settings as verbs
 from plaudit.advantages import AdaptiveKL, gae, kl_shaped_rewards
-from plaudit.algorithms import online, policy_gradient, preference, reward, transport, unpaired, weighed_ratios
+from plaudit.algorithms import (
+    group_relative,
+    online,
+    policy_gradient,
+    preference,
+    reward,
+    transport,
+    unpaired,
+    weighed_ratios,
+)
 from plaudit.algorithms.ppo import ProximalPolicyOptimisation
 from plaudit.batch import Batch, collate
 from plaudit.numerics import standardise
@@ -174,12 +183,12 @@ VOCABULARY = 11
 GROUP = 4
 CREDIT: dict[str, tuple[type, Any, dict[str, Any]]] = {
     "grpo": (
-        policy_gradient.GroupRelativePolicyOptimisation,
+        group_relative.GroupRelativePolicyOptimisation,
         verbs.GRPO(rewards="", group=GROUP, **COMMON),
         {"scale": "group"},
     ),
     "dr_grpo": (
-        policy_gradient.GroupRelativeDoneRight,
+        group_relative.GroupRelativeDoneRight,
         verbs.DrGRPO(rewards="", group=GROUP, **COMMON),
         {"scale": "none"},
     ),
@@ -192,29 +201,29 @@ REWARDS: dict[str, dict[str, Any]] = {
 }
 ROLLOUTS: dict[str, tuple[type, Any, dict[str, Any]]] = {
     "grpo": (
-        policy_gradient.GroupRelativePolicyOptimisation,
+        group_relative.GroupRelativePolicyOptimisation,
         verbs.GRPO(rewards="", kl=0.07, clip_high=0.3, **COMMON),
         {"kl": 0.07, "low": 0.2, "high": 0.3},
     ),
     "dr_grpo": (
-        policy_gradient.GroupRelativeDoneRight,
+        group_relative.GroupRelativeDoneRight,
         verbs.DrGRPO(rewards="", max_new_tokens=LIMIT, **COMMON),
         {"low": 0.2, "high": 0.2},
     ),
-    "dapo": (policy_gradient.DynamicSampling, verbs.DAPO(rewards="", **COMMON), {"low": 0.2, "high": 0.28}),
-    "bnpo": (policy_gradient.DynamicSampling, verbs.DAPO(rewards="", **COMMON), {"low": 0.2, "high": 0.28}),
+    "dapo": (group_relative.DynamicSampling, verbs.DAPO(rewards="", **COMMON), {"low": 0.2, "high": 0.28}),
+    "bnpo": (group_relative.DynamicSampling, verbs.DAPO(rewards="", **COMMON), {"low": 0.2, "high": 0.28}),
     "gspo": (
-        policy_gradient.GroupSequencePolicyOptimisation,
+        group_relative.GroupSequencePolicyOptimisation,
         verbs.GSPO(rewards="", clip_low=0.05, clip_high=0.06, **COMMON),
         {"type": "grpo", "level": "sequence", "low": 0.05, "high": 0.06},
     ),
     "grpo with a second bound": (
-        policy_gradient.GroupRelativePolicyOptimisation,
+        group_relative.GroupRelativePolicyOptimisation,
         verbs.GRPO(rewards="", kl=0.0, dual_clip=1.25, **COMMON),
         {"type": "grpo", "low": 0.2, "high": 0.2, "delta": 1.25},
     ),
     "luspo": (
-        policy_gradient.LengthUnbiased,
+        group_relative.LengthUnbiased,
         verbs.LUSPO(rewards="", clip_low=0.05, clip_high=0.06, kl=0.07, **COMMON),
         {"level": "sequence", "low": 0.05, "high": 0.06, "kl": 0.07},
     ),

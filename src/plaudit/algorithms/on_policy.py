@@ -192,7 +192,8 @@ class OnPolicyAlgorithm(Algorithm):
         each, raw = score_each(self.rewards, asked, texts, self.world)
         truncated = torch.tensor(drawn.truncated, dtype=torch.bool)
         lengths = torch.tensor([len(ids) for ids in drawn.completions])
-        shaped = self.rewards.shaped(raw, torch.cat(self.world.gather([raw])))
+        worth = self.worth(each, raw)
+        shaped = self.rewards.shaped(worth, torch.cat(self.world.gather([worth])))
         shaped = shaped - settings.missing_end_penalty * truncated
         shaped = shaped + settings.overlong_penalty * overlong_penalty(
             lengths, settings.max_new_tokens, settings.overlong
@@ -205,6 +206,10 @@ class OnPolicyAlgorithm(Algorithm):
             asked, places, drawn.completions, drawn.logprobs, drawn.truncated, texts, shaped.tolist(), strict=True
         )
         return [Completion(*row) for row in rows]
+
+    def worth(self, each: Tensor, raw: Tensor) -> Tensor:
+        """(n,) what is learned from, of rewards by each source (sources, n) and their weighted sum (n,)."""
+        return raw
 
     def note(self, each: Tensor, raw: Tensor, truncated: Tensor, lengths: Tensor) -> None:
         """Figures of what was drawn, over all processes."""

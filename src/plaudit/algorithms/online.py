@@ -13,19 +13,19 @@ from plaudit.algorithms.base import HeldToReference, Stats
 from plaudit.algorithms.on_policy import OnPolicyAlgorithm
 from plaudit.batch import Batch
 from plaudit.losses import nll
-from plaudit.preferences import dpo
-from plaudit.settings.online import BestOfN, OnlineDPO
+from plaudit.preferences import dpo, ipo
+from plaudit.settings.online import BestOfN, FromOwnPairs, OnlineDPO
 
 
-class OnlineDirectPreference(HeldToReference, OnPolicyAlgorithm):
-    """Online DPO (Guo et al. 2024, arXiv:2402.04792): the best and the worst completion of a prompt are a pair of DPO.
+class FromOwnSamples(HeldToReference, OnPolicyAlgorithm):
+    """The best and the worst completion of a prompt are a pair, whose loss a subclass says.
 
     The unit is a pair. Rows stand in pairs, the best first; a pair of equal rewards has no actions and is none.
     """
 
-    settings: OnlineDPO
+    settings: FromOwnPairs
 
-    def __init__(self, settings: OnlineDPO, *args: Any) -> None:
+    def __init__(self, settings: FromOwnPairs, *args: Any) -> None:
         super().__init__(settings, *args)
         self.policy.keep_reference()
 
@@ -53,8 +53,27 @@ class OnlineDirectPreference(HeldToReference, OnPolicyAlgorithm):
         reference = torch.where(batch.actions, batch.reference_logprobs.detach(), torch.zeros_like(logprobs))
         ratios = (logprobs - reference.detach()).sum(1)
         told_apart = batch.actions[0::2].any(1)
-        chosen, rejected = ratios[0::2][told_apart], ratios[1::2][told_apart]
+        return self.pairs(ratios[0::2][told_apart], ratios[1::2][told_apart])
+
+    def pairs(self, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Stats]:
+        """The loss of pairs, and its statistics, from the log-ratios (P,) of both sides."""
+        raise NotImplementedError
+
+
+class OnlineDirectPreference(FromOwnSamples):
+    """Online DPO (Guo et al. 2024, arXiv:2402.04792): the pairs are learned from by the loss of DPO."""
+
+    settings: OnlineDPO
+
+    def pairs(self, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Stats]:
         return dpo(chosen, rejected, self.settings.beta, label_smoothing=self.settings.label_smoothing)
+
+
+class OnlineIdentityPreference(FromOwnSamples):
+    """Online IPO (Calandriello et al. 2024, arXiv:2403.08635): by the loss of IPO."""
+
+    def pairs(self, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Stats]:
+        return ipo(chosen, rejected, self.settings.beta)
 
 
 class BestOfSeveral(OnPolicyAlgorithm):

@@ -1,4 +1,4 @@
-"""Policy gradients: what they share, and each of them as what its advantages are and what its loss is."""
+"""Policy gradients: what they share, and those that do without groups, or take a group's others as a baseline."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from torch import Tensor
 from plaudit.advantages import (
     AdaptiveKL,
     BudgetedKL,
-    degenerate,
     group_centred,
-    group_standardised,
     kl_abs,
     kl_k1,
     kl_k2,
@@ -26,21 +24,17 @@ from plaudit.advantages import (
     rewards_to_go,
 )
 from plaudit.algorithms.base import HeldToReference, Stats
-from plaudit.algorithms.divergence import exact_divergence
-from plaudit.algorithms.on_policy import Completion, OnPolicyAlgorithm
+from plaudit.algorithms.on_policy import OnPolicyAlgorithm
+from plaudit.algorithms.vocabulary import exact_divergence
 from plaudit.batch import Batch
-from plaudit.data import Order
 from plaudit.losses import clipped_surrogate, reinforce, sequence_surrogate
 from plaudit.numerics import standardise
 from plaudit.policy import Output
 from plaudit.settings.policy_gradient import (
-    DAPO,
-    GRPO,
-    GSPO,
+    GMPO,
     RLOO,
     VPG,
     Clipped,
-    Grouped,
     PolicyGradient,
     ReinforcePP,
     Reusing,
@@ -134,6 +128,12 @@ class PolicyGradientAlgorithm(HeldToReference, OnPolicyAlgorithm):
             kept &= ~batch.truncated
         self.notes["rejected"] = 1 - self.mean(kept.float())
         return replace(batch, actions=batch.actions & kept[:, None])
+
+    def standardised(self, gains: Tensor) -> Tensor:
+        """(B,) -> (B,) with mean 0 and standard deviation 1 over the rollout, of all processes."""
+        # In double precision the mean of equal numbers is that number, so that no rounding is blown up.
+        everyone = torch.ones_like(gains, dtype=torch.bool)
+        return standardise(gains.double(), everyone, summed=self.world.sum).to(gains.dtype)
 
     # ---------------------------------------------------------------------------------------------- the contract
 
@@ -271,16 +271,14 @@ class ReinforcePlusPlus(ReusingAlgorithm):
         )
 
 
-# ------------------------------------------------------------------------------------------- a group of completions
-
-
 class LeaveOneOut(BySequence, ReusingAlgorithm):
     """RLOO (Ahmadian et al. 2024, arXiv:2402.14740): a completion is one action, its ratio the product of all."""
 
     settings: RLOO
 
     def credit(self, batch: Batch, rewards: Tensor) -> Tensor:
-        return everywhere(leave_one_out(rewards.sum(1), self.settings.group), batch)
+        led = leave_one_out(rewards.sum(1), self.settings.group)
+        return everywhere(self.standardised(led) if self.settings.whiten_advantages else led, batch)
 
     def share(self, batch: Batch) -> Tensor:
         return batch.actions.float()
@@ -290,116 +288,6 @@ class LeaveOneOut(BySequence, ReusingAlgorithm):
         return sequence_surrogate(output.logprobs, batch.logprobs, batch.advantages, batch.actions, clip, mean=False)
 
 
-class GroupRelative(ReusingAlgorithm):
-    """Advantages within each group, over its spread. What the GRPO family shares."""
-
-    settings: Grouped
-
-    def credit(self, batch: Batch, rewards: Tensor) -> Tensor:
-        return everywhere(group_standardised(rewards.sum(1), self.settings.group), batch)
-
-
-class ClippedGroupRelative(GroupRelative):
-    """With the clipped objective of PPO."""
-
-    settings: GRPO
-
-    def objective(self, output: Output, batch: Batch) -> tuple[Tensor, Stats]:
-        return clipped_surrogate(
-            output.logprobs,
-            batch.logprobs,
-            batch.advantages,
-            batch.actions,
-            bounds(self.settings),
-            dual_clip=self.settings.dual_clip,
-            share=self.share(batch),
-            counted=self.counted(batch),
-        )
-
-
-class GroupRelativePolicyOptimisation(BySequence, ClippedGroupRelative):
-    """GRPO (Shao et al. 2024, arXiv:2402.03300), eq. 3: the mean over completions of their tokens' means."""
-
-
-class GroupRelativeDoneRight(GroupRelativePolicyOptimisation):
-    """Dr. GRPO (Liu et al. 2025, arXiv:2503.20783): no spread to divide by, and one constant length for all."""
-
-    def credit(self, batch: Batch, rewards: Tensor) -> Tensor:
-        return everywhere(group_centred(rewards.sum(1), self.settings.group), batch)
-
-    def share(self, batch: Batch) -> Tensor:
-        return batch.actions / self.settings.max_new_tokens
-
-
-class GroupSequencePolicyOptimisation(BySequence, GroupRelative):
-    """GSPO (Zheng et al. 2025, arXiv:2507.18071), eq. 5: a completion has one ratio, the mean one of its tokens."""
-
-    settings: GSPO
-
-    def objective(self, output: Output, batch: Batch) -> tuple[Tensor, Stats]:
-        clip = bounds(self.settings)
-        return sequence_surrogate(output.logprobs, batch.logprobs, batch.advantages, batch.actions, clip, mean=True)
-
-
-class LengthUnbiased(GroupSequencePolicyOptimisation):
-    """LUSPO (arXiv:2602.05261): GSPO in which each completion counts as many times as it has tokens."""
-
-    def share(self, batch: Batch) -> Tensor:
-        return batch.actions.float()
-
-    def objective(self, output: Output, batch: Batch) -> tuple[Tensor, Stats]:
-        given = output.logprobs, batch.logprobs, batch.advantages, batch.actions, bounds(self.settings)
-        return sequence_surrogate(*given, mean=True, share=self.share(batch).sum(1))
-
-
-class DynamicSampling(ClippedGroupRelative):
-    """DAPO (Yu et al. 2025, arXiv:2503.14476), eq. 8: the mean over tokens, of prompts that teach something."""
-
-    settings: DAPO
-
-    def __init__(self, settings: DAPO, *args: Any) -> None:
-        super().__init__(settings, *args)
-        self.stream = Order(len(self.data), 1, settings.seed)
-        self.asked = 0  # prompts taken from the stream so far
-
-    def prompts(self) -> list[int]:
-        return self.following(self.settings.rollout // self.settings.group)
-
-    def following(self, count: int) -> list[int]:
-        """The next prompts of the stream."""
-        self.asked += count
-        return [self.stream[place][0] for place in range(self.asked - count, self.asked)]
-
-    def sample(self, indices: list[int]) -> list[Completion]:
-        drawn, group = self.draw(indices), self.settings.group
-        for _ in range(self.settings.refills):
-            idle = self.alike(drawn).nonzero().flatten().tolist()
-            most = max(self.world.gather([len(idle)]))
-            if not most:
-                break
-            more = self.draw(self.following(most * self.world.size), noted=False)
-            lively = (~self.alike(more)).nonzero().flatten().tolist()
-            for old, new in zip(idle, lively, strict=False):  # whichever ends first
-                drawn[old * group : (old + 1) * group] = more[new * group : (new + 1) * group]
-        return drawn
-
-    def alike(self, drawn: list[Completion]) -> Tensor:
-        """(prompts,) True where all completions earned the same."""
-        return degenerate(torch.tensor([c.score for c in drawn]), self.settings.group)
-
-    def kept(self, batch: Batch) -> Batch:
-        assert batch.scores is not None
-        alike = degenerate(batch.scores, self.settings.group).repeat_interleave(self.settings.group)
-        return super().kept(replace(batch, actions=batch.actions & ~alike[:, None]))
-
-    def state(self) -> dict[str, Any]:
-        return {**super().state(), "asked": self.asked}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        super().restore(state)
-        self.asked = state["asked"]
-
-
-def bounds(settings: Clipped) -> tuple[float, float]:
-    """How far below and above 1 a ratio may lie."""
+def bounds(settings: Clipped | GMPO) -> tuple[float, float]:
+    """How far below and above 1 a ratio may lie, or its logarithm below and above 0."""
     return settings.clip_low, settings.clip_high

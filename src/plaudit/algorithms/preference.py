@@ -191,6 +191,11 @@ class Paired(PreferenceLearning):
         """The loss of pairs, and its statistics; all (P,)."""
         raise NotImplementedError
 
+    def imitation(self, logprobs: Tensor, batch: Batch) -> Tensor:
+        """() -log pi of the answer that people chose, averaged over its tokens, as a sum over pairs."""
+        assert batch.targets is not None
+        return -(batch.targets * self.averages(logprobs, batch)).sum()
+
 
 class DirectPreference(Paired):
     """DPO, see `preferences.dpo`."""
@@ -282,22 +287,42 @@ class DiscoveredPreference(Paired):
 # ------------------------------------------------------------------------------------------------- no reference
 
 
-class ContrastivePreference(Paired):
-    """CPO, see `preferences.cpo`, and imitation of the chosen answer, averaged over its tokens: of each answer of a
+class Imitating(Paired):
+    """Pairs without a reference, and imitation of the chosen answer, averaged over its tokens: of each answer of a
     pair, by as many people as preferred it."""
 
     def objective(self, logprobs: Tensor, batch: Batch) -> tuple[Tensor, Stats]:
-        assert batch.targets is not None
         total, stats = super().objective(logprobs, batch)
-        imitation = -(batch.targets * self.averages(logprobs, batch)).sum()
+        imitation = self.imitation(logprobs, batch)
         return total + self.settings.sft_weight * imitation, stats | {"chosen_nll": imitation.detach()}
 
     def read(self, logprobs: Tensor, batch: Batch) -> Tensor:
         return self.totals(logprobs, batch)
 
+
+class ContrastivePreference(Imitating):
+    """CPO, see `preferences.cpo`."""
+
     def pairs(self, chosen: Tensor, rejected: Tensor, preference: Tensor) -> tuple[Tensor, Stats]:
         smoothing = self.settings.label_smoothing
         return preferences.cpo(chosen, rejected, self.settings.beta, preference, smoothing)
+
+
+class SequenceLikelihood(Imitating):
+    """SLiC (Zhao et al. 2023, arXiv:2305.10425), eq. 5: `preferences.hinge` of log pi itself, summed over tokens."""
+
+    def pairs(self, chosen: Tensor, rejected: Tensor, preference: Tensor) -> tuple[Tensor, Stats]:
+        return preferences.hinge(chosen, rejected, self.settings.beta, preference)
+
+
+class ReferenceFreeIdentity(Imitating):
+    """`preferences.ipo` of log pi itself, averaged over the tokens of each answer."""
+
+    def read(self, logprobs: Tensor, batch: Batch) -> Tensor:
+        return self.averages(logprobs, batch)
+
+    def pairs(self, chosen: Tensor, rejected: Tensor, preference: Tensor) -> tuple[Tensor, Stats]:
+        return preferences.ipo(chosen, rejected, self.settings.beta, preference)
 
 
 class SimplePreference(Paired):

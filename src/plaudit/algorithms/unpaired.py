@@ -13,7 +13,7 @@ from plaudit.algorithms.base import Stats
 from plaudit.algorithms.preference import Answers, Paired, PreferenceLearning, rows
 from plaudit.batch import Batch, collate
 from plaudit.policy import Policy
-from plaudit.settings import BCO, KTO
+from plaudit.settings import BCO, KTO, UnpairedAPOZero
 from plaudit.templates import Encoded
 from plaudit.world import World
 
@@ -79,6 +79,18 @@ class KahnemanTversky(Unpaired):
             settings.desirable_weight,
             settings.undesirable_weight,
         )
+
+
+class UnpairedAnchoredZero(Unpaired):
+    """APO-zero (D'Oosterlinck et al. 2024, arXiv:2408.06266) of single answers: `preferences.kto` against 0."""
+
+    settings: UnpairedAPOZero
+
+    def objective(self, logprobs: Tensor, batch: Batch) -> tuple[Tensor, Stats]:
+        assert batch.targets is not None
+        own, good = self.settings, batch.targets > 0.5
+        ratios = self.ratios(logprobs, batch)
+        return preferences.kto(ratios, good, 0.0, own.beta, own.desirable_weight, own.undesirable_weight)
 
 
 class Classifier(PreferenceLearning):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from plaudit.algorithms.base import Stats
-from plaudit.algorithms.policy_gradient import BySequence, GroupRelative, bounds
+from plaudit.algorithms.group_relative import GroupRelative
+from plaudit.algorithms.policy_gradient import BySequence, bounds
 from plaudit.batch import Batch
 from plaudit.losses import clipped_weight, gamma_weight, soft_gate
 from plaudit.policy import Output

@@ -12,20 +12,37 @@ from plaudit.settings.policy_gradient import Held, OnPolicy, Several
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnlineDPO(Held):
-    """Online DPO: the reward picks the best and the worst of several completions, and DPO learns from the pair."""
+class FromOwnPairs(Held):
+    """What algorithms take that make pairs of their own samples: the reward picks the best and the worst of several."""
 
-    verb: ClassVar[str] = "online_dpo"
-    output: str = "runs/online_dpo"
-    """Run folder."""
     group: Several = 2
     """Completions of each prompt, of which the best and the worst make a pair."""
     beta: Positive = 0.1
     """How firmly the policy is held to the reference."""
     reference: str = ""
     """Model that the policy is held to; by default `model`, as it is in the beginning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineDPO(FromOwnPairs):
+    """Online DPO: the reward picks the best and the worst of several completions, and DPO learns from the pair."""
+
+    verb: ClassVar[str] = "online_dpo"
+    output: str = "runs/online_dpo"
+    """Run folder."""
     label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
     """Share of the pairs that the reward is assumed to order wrongly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineIPO(FromOwnPairs):
+    """Online IPO: as online DPO, with IPO's loss, which stops at a margin."""
+
+    verb: ClassVar[str] = "online_ipo"
+    output: str = "runs/online_ipo"
+    """Run folder."""
+    beta: Positive = 0.1
+    """IPO's tau: the margin that is aimed at is 1 / (2 beta) nats a pair."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -156,6 +156,8 @@ class RLOO(Clipped):
     """Run folder."""
     group: Several = 4
     """Completions of each prompt."""
+    whiten_advantages: bool = False
+    """Give advantages mean 0 and standard deviation 1 over the rollout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +194,37 @@ class GRPO(Grouped, Clipped):
     """Weight of the KL divergence from the reference, in reward per nat; where it is adaptive, its first value."""
     dual_clip: NotNegative = 0.0
     """Where the advantage is negative, ratios beyond this lose no more, as by TRL's `delta`; 0 for no such bound."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LitePPO(GRPO):
+    """GRPO by tokens, whose advantages are divided by the spread of the whole rollout's rewards, not each group's."""
+
+    verb: ClassVar[str] = "lite_ppo"
+    output: str = "runs/lite_ppo"
+    """Run folder."""
+    kl: NotNegative = 0.0
+    """Weight of the KL divergence from the reference, in reward per nat; where it is adaptive, its first value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GDPO(GRPO):
+    """Group reward-decoupled normalisation: each of several rewards is put on one scale before they are added up."""
+
+    output: str = "runs/gdpo"
+    """Run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GMPO(Grouped):
+    """Geometric-mean policy optimisation: a completion has one ratio, the mean one of its clipped tokens."""
+
+    output: str = "runs/gmpo"
+    """Run folder."""
+    clip_low: Positive = 0.4
+    """Log-ratios of a token below -clip_low are clipped."""
+    clip_high: Positive = 0.4
+    """Log-ratios of a token above clip_high are clipped."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from plaudit.settings.common import Count, Following, NotNegative, Positive, Share, Training
 
@@ -74,6 +74,42 @@ class NormalisedDPO(DPO):
     """Run folder."""
     beta: Positive = 5.0
     """How much straying from the reference costs, in a token's log-ratio."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivergenceDPO(DPO):
+    """DPO that is held to the reference by another divergence than the reverse KL."""
+
+    verb: ClassVar[str] = "f_dpo"
+    output: str = "runs/f_dpo"
+    """Run folder."""
+    divergence: Literal["jensen_shannon", "forward_kl", "alpha"] = "jensen_shannon"
+    """The divergence; `alpha` lies between the reverse KL, which is `dpo`, and the forward KL."""
+    alpha: Annotated[float, Gt(0), Le(1)] = 0.5
+    """Of `alpha`: near 0 the reverse KL, at 1 the forward KL."""
+
+    def __post_init__(self) -> None:
+        if self.divergence != "alpha" and self.alpha != 0.5:
+            raise ValueError(f"alpha: only the divergence `alpha` reads it, and this is `{self.divergence}`.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthDesensitisedDPO(DPO):
+    """DPO in which what a longer answer says beyond the length of the shorter one counts less."""
+
+    verb: ClassVar[str] = "ld_dpo"
+    output: str = "runs/ld_dpo"
+    """Run folder."""
+    alpha: Annotated[float, Ge(0), Le(1)] = 0.5
+    """Weight of tokens beyond the length that both answers have: at 1 this is `dpo`, at 0 they do not count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WPO(DPO):
+    """Weighted preference optimisation: DPO in which a pair counts as much as the policy itself would answer so."""
+
+    output: str = "runs/wpo"
+    """Run folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +200,20 @@ class PairedBCO(Precomputable):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MPO(PairedBCO):
+    """Mixed preference optimisation: DPO, BCO of pairs and imitation of the chosen answer, in one loss."""
+
+    output: str = "runs/mpo"
+    """Run folder."""
+    dpo_weight: NotNegative = 0.8
+    """Weight of the loss of `dpo`."""
+    bco_weight: NotNegative = 0.2
+    """Weight of the loss of `bco_pair`."""
+    sft_weight: NotNegative = 1.0
+    """Weight of imitating the chosen answer, in nats a token."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class APOZero(Precomputable):
     """Anchored preference optimisation, up and down: for chosen answers better than the model's own."""
 
@@ -204,18 +254,45 @@ class RRHF(Preference):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CPO(Preference):
-    """Contrastive preference optimisation: DPO without a reference, and imitation of the chosen answer."""
+class Imitating(Preference):
+    """What algorithms take that have no reference, and imitate the chosen answer beside what they learn of pairs."""
 
     soft: ClassVar[bool] = True
-    output: str = "runs/cpo"
-    """Run folder."""
     beta: Positive = 0.1
     """Scale of the log-probabilities that are compared."""
-    label_smoothing: Smoothing = 0.0
-    """Share of answers assumed to be the wrong way round."""
     sft_weight: NotNegative = 1.0
     """Weight of imitating the chosen answer, in nats a token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CPO(Imitating):
+    """Contrastive preference optimisation: DPO without a reference, and imitation of the chosen answer."""
+
+    output: str = "runs/cpo"
+    """Run folder."""
+    label_smoothing: Smoothing = 0.0
+    """Share of answers assumed to be the wrong way round."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLiC(Imitating):
+    """Sequence likelihood calibration: the hinge loss without a reference, and imitation of the chosen answer."""
+
+    output: str = "runs/slic"
+    """Run folder."""
+    beta: Positive = 0.1
+    """The chosen answer is to lead by 1 / beta nats."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceFreeIPO(Imitating):
+    """IPO without a reference, on averages over the tokens of each answer, and imitation of the chosen answer."""
+
+    verb: ClassVar[str] = "cpo_ipo"
+    output: str = "runs/cpo_ipo"
+    """Run folder."""
+    beta: Positive = 1.0
+    """IPO's tau: where all people agree, the margin that is aimed at is 1 / (2 beta) nats a token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +343,19 @@ class KTO(Referenced):
     """Run folder."""
     batch_size: Annotated[int, Ge(2)] = 64
     """Answers that one optimizer step sees, over all processes; the KL estimate needs at least two."""
+    desirable_weight: Positive = 1.0
+    """Weight of good answers."""
+    undesirable_weight: Positive = 1.0
+    """Weight of bad answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnpairedAPOZero(Precomputable):
+    """APO-zero of single answers that people found good or bad: good ones rise, bad ones fall."""
+
+    verb: ClassVar[str] = "apo_zero_unpaired"
+    output: str = "runs/apo_zero_unpaired"
+    """Run folder."""
     desirable_weight: Positive = 1.0
     """Weight of good answers."""
     undesirable_weight: Positive = 1.0

@@ -1,4 +1,4 @@
-"""The divergence from the reference, exactly: over the whole vocabulary, not only at the token that was drawn."""
+"""What is read of whole distributions over the vocabulary, not only of the token that was drawn."""
 
 from __future__ import annotations
 
@@ -27,3 +27,16 @@ def exact_divergence(
                 kept = policy.distribution(theirs)
         found.append((ours.exp() * (ours - kept)).sum(1))
     return at_actions(torch.cat(found), actions)
+
+
+@torch.no_grad()
+def closeness(policy: Policy, world: World, logprobs: Tensor | None, origins: Tensor | None, actions: Tensor) -> Tensor:
+    """(B, T) log pi(token) - log sum_v pi(v)^2 at each action: 0 on average where tokens are the policy's own, from
+    its log-probabilities (B, T) and the states (B, T, d) that tokens were chosen from."""
+    assert logprobs is not None
+    assert origins is not None
+    found = []
+    for states in origins[actions].split(_ROWS):
+        with world.autocast():
+            found.append((2 * policy.distribution(states)).logsumexp(1))
+    return at_actions(logprobs[actions] - torch.cat(found), actions)
