@@ -129,7 +129,7 @@ SAMPLED: dict[str, tuple[Any, dict[str, Any]]] = {
     "grpo": (GRPO, {"entropy": 0.01, "gradient_checkpointing": True}),
     "dr_grpo": (DrGRPO, {"kl_term": "k2", "reject_best": 0.2, "reward_normalise": False, "reward_scale": True}),
     "lite_ppo": (LitePPO, {"dual_clip": 1.5}),
-    "gdpo": (GDPO, {"rewards": ("count:a", "count:e"), "reward_weights": (1.0, 0.5)}),
+    "gdpo": (GDPO, {"reward_weights": (1.0, 0.5)}),
     "dapo": (DAPO, {"kl": 0.0, "kl_target": 0.0, "overlong": 0.5}),
     "gspo": (GSPO, {"kl_term": "reward", "train_layers": 1}),
     "cispo": (CISPO, {"kl_term": "straight_through", "clip_high": 0.1}),
@@ -222,6 +222,8 @@ def settings(kind: str, at: Path, output: Path, **changes: Any) -> Any:
     }
     if kind in SAMPLED:
         algorithm, own = SAMPLED[kind]
+        if "reward_weights" in own:
+            own = {**own, "rewards": (sampled["rewards"], "count:a")}
         fewer = {"steps": 5, "eval_data": None, "evaluate_every": 0}
         known = {field.name for field in dataclasses.fields(algorithm)}
         given = {name: value for name, value in {**common, **sampled, **fewer}.items() if name in known}

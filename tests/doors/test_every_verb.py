@@ -27,7 +27,7 @@ def not_the_defaults(cls):
     own = {field.name: field.default for field in fields(cls) if field.name in inspect.get_annotations(cls)}
     numbers = {name: value / 2 or 0.25 for name, value in own.items() if isinstance(value, float)}
     switches = {name: not value for name, value in own.items() if isinstance(value, bool)}
-    found = numbers | switches | {"dual_clip": 3.0, "learning_rate": 1e-3}
+    found = numbers | switches | {"dual_clip": 3.0, "learning_rate": 1e-3, "divergence": "alpha"}
     return {name: value for name, value in found.items() if name in own}
 
 

@@ -14,10 +14,8 @@ Only plaudit has, so that nothing can be compared:
   takes the first for the better, where plaudit learns nothing;
 - the KL term as k2, straight through, or held to a budget; rejected completions; DAPO's refills.
 
-Only TRL has, since the same verbs do without: the loss `sft` of DPO, its other f-divergences and its weights by
-length or policy; hinge and IPO without a reference; `apo_zero_unpaired` in KTO; advantages scaled by the batch or
-reward by reward, the choice of tokens by entropy, and corrections for another engine's samples in GRPO; normalised
-advantages in RLOO; IPO in online DPO; distillation.
+Only TRL has: other divergences under losses than the logistic one, the choice of tokens by entropy, and corrections for
+another engine's samples in GRPO; A*-PO; triples of answers; distillation.
 
 Both have, and it is not compared: the loss of `sft`, which TRL leaves to the model; bonuses for entropy, which TRL
 takes from logits that these tests do not have; and KTO's mismatched answers, which either side draws in its own way:
@@ -31,6 +29,7 @@ import math
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 from typing import Any
 
 import pytest
@@ -40,8 +39,9 @@ from torch import Tensor
 from environments import environment
 from plaudit import preferences
 from plaudit import settings as verbs
-from plaudit.advantages import AdaptiveKL, gae, kl_shaped_rewards
+from plaudit.advantages import AdaptiveKL, gae, kl_shaped_rewards, leave_one_out
 from plaudit.algorithms import (
+    direct,
     group_relative,
     online,
     policy_gradient,
@@ -55,6 +55,7 @@ from plaudit.algorithms.ppo import ProximalPolicyOptimisation
 from plaudit.batch import Batch, collate
 from plaudit.numerics import standardise
 from plaudit.policy import Output
+from plaudit.world import World
 
 pytestmark = pytest.mark.slow
 LOSSES = Path(__file__).with_name("trl_losses.py")
@@ -113,7 +114,7 @@ PAIRS: dict[str, tuple[type, Any, dict[str, Any]]] = {
     "sigmoid smoothed": (
         preference.RobustDirectPreference,
         verbs.RobustDPO(beta=0.3, label_smoothing=0.2, **COMMON),
-        {"type": "robust"},
+        {"types": ["robust"]},
     ),
     "ipo": (preference.AveragedIdentityPreference, verbs.AveragedIPO(beta=0.3, **COMMON), {}),
     "hinge": (preference.HingePreference, verbs.Hinge(beta=0.3, **COMMON), {}),
@@ -130,8 +131,45 @@ PAIRS: dict[str, tuple[type, Any, dict[str, Any]]] = {
     "aot": (transport.OptimalTransport, verbs.AOT(beta=0.3, label_smoothing=0.1, **COMMON), {}),
     "apo_zero": (preference.AnchoredZero, verbs.APOZero(beta=0.3, **COMMON), {}),
     "apo_down": (preference.AnchoredDown, verbs.APODown(beta=0.3, **COMMON), {}),
+    "Jensen-Shannon": (
+        direct.DivergencePreference,
+        verbs.DivergenceDPO(beta=0.3, **COMMON),
+        {"types": ["sigmoid"], "f_divergence_type": "js_divergence"},
+    ),
+    "forward KL": (
+        direct.DivergencePreference,
+        verbs.DivergenceDPO(beta=0.3, divergence="forward_kl", **COMMON),
+        {"types": ["sigmoid"], "f_divergence_type": "forward_kl"},
+    ),
+    # TRL's coefficient is 1 - alpha of the paper.
+    "alpha divergence": (
+        direct.DivergencePreference,
+        verbs.DivergenceDPO(beta=0.3, divergence="alpha", alpha=0.7, **COMMON),
+        {"types": ["sigmoid"], "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
+    ),
+    "less fond of length": (
+        direct.LengthDesensitised,
+        verbs.LengthDesensitisedDPO(beta=0.3, alpha=0.4, **COMMON),
+        {"types": ["sigmoid"], "ld_alpha": 0.4},
+    ),
+    "weighed by the policy": (
+        direct.WeightedPreference,
+        verbs.WPO(beta=0.3, **COMMON),
+        {"types": ["sigmoid"], "use_weighting": True},
+    ),
+    "a mixture": (
+        direct.MixedPreference,
+        verbs.MPO(beta=0.3, dpo_weight=0.7, bco_weight=0.3, sft_weight=0.0, **COMMON),
+        {"types": ["sigmoid", "bco_pair"], "weights": [0.7, 0.3]},
+    ),
+    "imitation": (
+        direct.MixedPreference,
+        verbs.MPO(beta=0.3, dpo_weight=0.0, bco_weight=0.0, sft_weight=1.5, **COMMON),
+        {"types": ["sft"], "weights": [1.5]},
+    ),
     "discopop": (preference.DiscoveredPreference, verbs.DiscoPOP(beta=0.3, tau=0.05, **COMMON), {}),
 }
+UNEVEN = [name for name in PAIRS if name != "imitation"]
 # Those without a reference: also the length of the prompts, and of the answers, first all that were chosen.
 EVEN = [4, 4, 4, 4, 1, 5, 2, 6]
 ALONE: dict[str, tuple[type, Any, dict[str, Any], int, list[int]]] = {
@@ -146,6 +184,20 @@ ALONE: dict[str, tuple[type, Any, dict[str, Any], int, list[int]]] = {
         preference.ContrastivePreference,
         verbs.CPO(beta=0.4, sft_weight=0.7, **COMMON),
         {"loss_type": "sigmoid", "beta": 0.4, "label_smoothing": 0.0, "cpo_alpha": 0.7, "alpha": 0.0},
+        PROMPT,
+        EVEN,
+    ),
+    "hinge": (
+        preference.SequenceLikelihood,
+        verbs.SLiC(beta=0.4, sft_weight=0.7, **COMMON),
+        {"loss_type": "hinge", "beta": 0.4, "label_smoothing": 0.0, "cpo_alpha": 0.7, "alpha": 0.0},
+        PROMPT,
+        EVEN,
+    ),
+    "ipo": (
+        preference.ReferenceFreeIdentity,
+        verbs.ReferenceFreeIPO(beta=0.4, sft_weight=0.7, **COMMON),
+        {"loss_type": "ipo", "beta": 0.4, "label_smoothing": 0.0, "cpo_alpha": 0.7, "alpha": 0.0},
         PROMPT,
         EVEN,
     ),
@@ -179,6 +231,10 @@ ALONE: dict[str, tuple[type, Any, dict[str, Any], int, list[int]]] = {
     ),
     "orpo": (preference.OddsRatio, verbs.ORPO(beta=0.4, **COMMON), {"loss_type": "orpo", "beta": 0.4}, 1, EVEN),
 }
+ONLINE: dict[str, tuple[type, Any]] = {
+    "sigmoid": (online.OnlineDirectPreference, verbs.OnlineDPO(rewards="", beta=0.3, **COMMON)),
+    "ipo": (online.OnlineIdentityPreference, verbs.OnlineIPO(rewards="", beta=0.3, **COMMON)),
+}
 VOCABULARY = 11
 GROUP = 4
 CREDIT: dict[str, tuple[type, Any, dict[str, Any]]] = {
@@ -192,7 +248,18 @@ CREDIT: dict[str, tuple[type, Any, dict[str, Any]]] = {
         verbs.DrGRPO(rewards="", group=GROUP, **COMMON),
         {"scale": "none"},
     ),
+    "lite_ppo": (group_relative.LiteClipped, verbs.LitePPO(rewards="", group=GROUP, **COMMON), {"scale": "batch"}),
     "rloo": (policy_gradient.LeaveOneOut, verbs.RLOO(rewards="", group=GROUP, kl=0.2, **COMMON), {"kl": 0.2}),
+    "gdpo": (
+        group_relative.GroupRewardDecoupled,
+        verbs.GDPO(rewards="", group=GROUP, **COMMON),
+        {"scale": "none", "weights": [1.0, 0.4]},
+    ),
+    "rloo whitened": (
+        policy_gradient.LeaveOneOut,
+        verbs.RLOO(rewards="", group=GROUP, kl=0.2, whiten_advantages=True, **COMMON),
+        {"kl": 0.2, "whitened": True},
+    ),
 }
 REWARDS: dict[str, dict[str, Any]] = {
     "plain": {"margin": False, "centering": None},
@@ -221,6 +288,11 @@ ROLLOUTS: dict[str, tuple[type, Any, dict[str, Any]]] = {
         group_relative.GroupRelativePolicyOptimisation,
         verbs.GRPO(rewards="", kl=0.0, dual_clip=1.25, **COMMON),
         {"type": "grpo", "low": 0.2, "high": 0.2, "delta": 1.25},
+    ),
+    "gmpo": (
+        group_relative.GeometricMean,
+        verbs.GMPO(rewards="", clip_low=0.1, clip_high=0.15, kl=0.07, **COMMON),
+        {"low": 0.1, "high": 0.15, "kl": 0.07},
     ),
     "luspo": (
         group_relative.LengthUnbiased,
@@ -254,19 +326,21 @@ ROLLOUTS: dict[str, tuple[type, Any, dict[str, Any]]] = {
 # ------------------------------------------------------------------------------------------------ what is asked
 
 
-def asked_pairs() -> dict[str, Any]:
+def asked_pairs(lengths: list[int], names: list[str]) -> dict[str, Any]:
     """Pairs in TRL's order: all chosen answers, then all rejected ones."""
-    numbers, batch = Numbers(1), batch_of(LENGTHS)
+    numbers, batch = Numbers(1), batch_of(lengths)
     shape = (len(batch), batch.tokens.shape[1] - 1)
     losses = {}
-    for name, (_, settings, options) in PAIRS.items():
+    for name in names:
+        _, settings, options = PAIRS[name]
         smoothing = getattr(settings, "label_smoothing", 0.0)
-        losses[name] = {"type": options.get("type", name), "beta": settings.beta, "label_smoothing": smoothing}
+        losses[name] = {"types": [name], "beta": settings.beta, "label_smoothing": smoothing, **options}
     return {
         "tokens": batch.tokens.tolist(),
         "mask": batch.actions.tolist(),
         "logprobs": numbers.logprobs(*shape).tolist(),
         "reference": numbers.logprobs(*shape).tolist(),
+        "squares": numbers.logprobs(*shape).tolist(),  # log sum p^2 over the vocabulary, at each action
         "losses": losses,
     }
 
@@ -293,7 +367,7 @@ def asked_without_reference() -> dict[str, Any]:
 
 
 def asked_answers() -> dict[str, Any]:
-    numbers, pairs = Numbers(3), asked_pairs()
+    numbers, pairs = Numbers(3), asked_pairs(LENGTHS, [])
     return {
         **{name: pairs[name] for name in ("tokens", "mask", "logprobs", "reference")},
         "desirable": [True, False, False, True, True, False, True, True],
@@ -328,6 +402,8 @@ def asked_credit() -> dict[str, Any]:
     scores[GROUP : 2 * GROUP] = 0.75
     return {
         "scores": scores.tolist(),
+        "others": numbers.normal(len(batch)).tolist(),
+        "large": 1e6,  # of several rewards, so that what TRL adds to the spread of each is nothing
         "mask": batch.actions[:, PROMPT:].tolist(),
         "old": numbers.logprobs(*shape).tolist(),
         "reference": numbers.logprobs(*shape).tolist(),
@@ -353,7 +429,8 @@ def recent(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], di
     """(asked, answered) of TRL 1.16.0."""
     numbers = Numbers(5)
     asked = {
-        "pairs": asked_pairs(),
+        "pairs": asked_pairs(LENGTHS, UNEVEN),
+        "even_pairs": asked_pairs(EVEN, ["imitation"]),
         "without_reference": asked_without_reference(),
         "rewards": {
             "scores": numbers.normal(8).tolist(),
@@ -384,16 +461,21 @@ def widened(stream: list[Any], columns: int) -> Tensor:
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_pairs(name: str, recent: Any) -> None:
-    asked, answer = recent[0]["pairs"], recent[1]["pairs"][name]
+    kind, lengths = ("pairs", LENGTHS) if name in UNEVEN else ("even_pairs", EVEN)
+    asked, answer = recent[0][kind], recent[1][kind][name]
     cls, settings, _ = PAIRS[name]
-    order = side_by_side(len(LENGTHS) // 2)
-    batch = batch_of([LENGTHS[i] for i in order.tolist()], pairs=True)
+    order = side_by_side(len(lengths) // 2)
+    batch = batch_of([lengths[i] for i in order.tolist()], pairs=True)
     columns = batch.tokens.shape[1]
     logprobs = widened(asked["logprobs"], columns)[order].requires_grad_()
     filled = {"reference_logprobs": widened(asked["reference"], columns)[order], "targets": torch.ones(len(batch))}
+    filled["targets"][1::2] = 0.0
     filled["baselines"] = torch.zeros(len(batch))  # where `bco_pair` has the shift that TRL leaves out
     batch = Batch(**{**batch.tensors(), **filled})
     own = algorithm(cls, settings)
+    if name == "weighed by the policy":
+        close = logprobs.detach() - widened(asked["squares"], columns)[order]
+        batch = Batch(**{**batch.tensors(), "weights": own.averages(close, batch).exp()})
     loss = own.objective(logprobs, batch)[0] / own.weight(batch)
     loss.backward()
     same(loss.item(), answer["loss"])
@@ -437,8 +519,18 @@ def test_reward(name: str, recent: Any) -> None:
     same(scores.grad, torch.tensor(answer["gradients"][0])[order])
 
 
-def test_kto(recent: Any) -> None:
-    asked, answer = recent[0]["answers"], recent[1]["answers"]["kto"]
+ANSWERS: dict[str, tuple[type, Any]] = {
+    "kto": (unpaired.KahnemanTversky, verbs.KTO(beta=0.3, undesirable_weight=1.3, **COMMON)),
+    "apo_zero_unpaired": (
+        unpaired.UnpairedAnchoredZero,
+        verbs.UnpairedAPOZero(beta=0.3, undesirable_weight=1.3, **COMMON),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_single_answers(name: str, recent: Any) -> None:
+    asked, answer = recent[0]["answers"], recent[1]["answers"][name]
     batch = batch_of(LENGTHS)
     columns = batch.tokens.shape[1]
     kl = torch.tensor(asked["kl_policy"]).double().mean() - torch.tensor(asked["kl_reference"]).double().mean()
@@ -450,7 +542,7 @@ def test_kto(recent: Any) -> None:
         "baselines": kl.expand(len(batch)),
     }
     batch = Batch(**{**batch.tensors(), **filled})
-    own = algorithm(unpaired.KahnemanTversky, verbs.KTO(beta=0.3, undesirable_weight=1.3, **COMMON))
+    own = algorithm(*ANSWERS[name])
     loss = own.objective(logprobs, batch)[0] / own.weight(batch)
     loss.backward()
     same(loss.item(), answer["loss"])
@@ -486,16 +578,24 @@ def test_advantages_within_a_group(name: str, recent: Any) -> None:
     batch = batch_of(LENGTHS + LENGTHS[:4])
     scores = torch.tensor(asked["scores"], dtype=torch.float64)
     old, reference = (widened(asked[stream], batch.tokens.shape[1]) for stream in ("old", "reference"))
+    own = algorithm(cls, settings, world=World(torch.device("cpu")))
+    if weights := options.get("weights"):
+        own.rewards = Namespace(weights=weights)
+        scores = own.worth(torch.stack([scores, torch.tensor(asked["others"])]).double() * asked["large"], scores)
     rewards = kl_shaped_rewards(scores, old, reference, batch.actions, options.get("kl", 0.0))
-    found = algorithm(cls, settings).credit(batch, rewards)
+    found = own.credit(batch, rewards)
     if options.get("scale") == "group":  # TRL adds 1e-4 to the spread
         spread = scores.view(-1, GROUP).std(1).repeat_interleave(GROUP)
         found = found * (spread / (spread + 1e-4))[:, None]
+    elif options.get("scale") == "batch" or options.get("whitened") or weights:  # and here also takes the unbiased one
+        gains = leave_one_out(rewards.sum(1), GROUP) if options.get("whitened") else scores
+        found = found * gains.std(correction=0) / (gains.std() + 1e-4)
     same(found, expected[:, None] * batch.actions)
 
 
-def test_online_dpo(recent: Any) -> None:
-    asked, answer = recent[0]["online"], recent[1]["online"]
+@pytest.mark.parametrize("name", ONLINE)
+def test_online(name: str, recent: Any) -> None:
+    asked, answer = recent[0]["online"], recent[1]["online"][name]
     order = side_by_side(len(LENGTHS) // 2)
     batch = batch_of([LENGTHS[i] for i in order.tolist()])
     columns = batch.tokens.shape[1]
@@ -504,8 +604,7 @@ def test_online_dpo(recent: Any) -> None:
     rows = torch.stack([best, worst], 1).flatten()
     batch = Batch(**{**batch.tensors(), "reference_logprobs": widened(asked["reference"], columns)[order]}).rows(rows)
     output = Output(logprobs=torch.where(batch.actions, logprobs[rows], 0.0))
-    settings = verbs.OnlineDPO(rewards="", beta=0.3, **COMMON)
-    own = algorithm(online.OnlineDirectPreference, settings, model=lambda *_, **__: output)
+    own = algorithm(*ONLINE[name], model=lambda *_, **__: output)
     loss = own.loss(batch)[0] / own.weight(batch)
     loss.backward()
     same(loss.item(), answer["loss"])

@@ -56,10 +56,11 @@ def judged(loss, *learning):
     return {"loss": loss.item(), "gradients": [gradient.tolist() for gradient in gradients]}
 
 
-def said(logprobs):
+def said(logprobs, squares=None):
     """What TRL's fused head gives, as far as a loss reads it."""
     nothing = torch.zeros_like(logprobs)
-    return SimpleNamespace(log_probs=logprobs, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
+    parts = {"entropy": nothing, "mean_logits": nothing, "is_top1": nothing.bool(), "log_sum_sq_probs": squares}
+    return SimpleNamespace(log_probs=logprobs, **parts)
 
 
 # --------------------------------------------------------------------------------------------------- 1.16.0: pairs
@@ -70,30 +71,32 @@ def pairs(given):
     from trl import DPOTrainer
 
     data, found = tensors(given), {}
-    count = len(data["tokens"]) // 2
-    reference = (data["reference"] * data["mask"][:, 1:]).sum(1)
+    model = torch.nn.Identity().eval()
+    model.is_gradient_checkpointing = False
+    reference, squares = (data[stream] * data["mask"][:, 1:] for stream in ("reference", "squares"))
     inputs = {
         "input_ids": data["tokens"],
         "attention_mask": torch.ones_like(data["tokens"]),
         "completion_mask": data["mask"].long(),
-        "ref_chosen_logps": reference[:count],
-        "ref_rejected_logps": reference[count:],
     }
     for name, options in given["losses"].items():
         logprobs = data["logprobs"].clone().requires_grad_()
         own = trainer(
-            ld_alpha=None,
-            precompute_ref_logps=True,
-            f_divergence_type="reverse_kl",
-            loss_types=[options["type"]],
-            loss_weights=[1.0],
-            beta=options["beta"],
-            label_smoothing=options["label_smoothing"],
-            use_weighting=False,
-            args=SimpleNamespace(discopop_tau=0.05),
+            model=model,
+            ref_model=lambda **_: said(reference),
+            precompute_ref_logps=False,
+            loss_types=options["types"],
+            loss_weights=options.get("weights", [1.0]),
+            args=SimpleNamespace(discopop_tau=0.05, gradient_checkpointing_kwargs=None),
+            **{
+                "ld_alpha": None,
+                "f_divergence_type": "reverse_kl",
+                "use_weighting": False,
+                **{name: value for name, value in options.items() if name not in ("types", "weights")},
+            },
         )
         masked = logprobs * data["mask"][:, 1:]
-        loss = DPOTrainer._compute_loss(own, lambda masked=masked, **inputs: said(masked), inputs, False)
+        loss = DPOTrainer._compute_loss(own, lambda masked=masked, **_: said(masked, squares), inputs, False)
         found[name] = judged(loss, logprobs)
     return found
 
@@ -156,8 +159,6 @@ def answers(given):
     from trl import KTOTrainer
 
     data = tensors(given)
-    logprobs = data["logprobs"].clone().requires_grad_()
-    masked = logprobs * data["mask"][:, 1:]
     inputs = {
         "input_ids": data["tokens"],
         "attention_mask": torch.ones_like(data["tokens"]),
@@ -166,16 +167,22 @@ def answers(given):
         "ref_logps": (data["reference"] * data["mask"][:, 1:]).sum(1),
         "ref_KL_logps": data["kl_reference"],
     }
-    own = trainer(
-        _compute_kl_logps=lambda model, batch: data["kl_policy"],
-        precompute_ref_logps=True,
-        calculate_KL=True,
-        loss_type="kto",
-        beta=given["beta"],
-        desirable_weight=given["desirable_weight"],
-        undesirable_weight=given["undesirable_weight"],
-    )
-    return {"kto": judged(KTOTrainer._compute_loss(own, lambda **_: said(masked), inputs, False), logprobs)}
+    found = {}
+    for kind in ("kto", "apo_zero_unpaired"):
+        logprobs = data["logprobs"].clone().requires_grad_()
+        own = trainer(
+            _compute_kl_logps=lambda model, batch: data["kl_policy"],
+            precompute_ref_logps=True,
+            calculate_KL=kind == "kto",
+            loss_type=kind,
+            beta=given["beta"],
+            desirable_weight=given["desirable_weight"],
+            undesirable_weight=given["undesirable_weight"],
+        )
+        output = said(logprobs * data["mask"][:, 1:])
+        loss = KTOTrainer._compute_loss(own, lambda output=output, **_: output, inputs, False)
+        found[kind] = judged(loss, logprobs)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ 1.16.0: rollouts
@@ -184,6 +191,7 @@ def answers(given):
 def rollouts(given):
     """The GRPO family and RLOO: columns are those of the completions."""
     from trl import GRPOTrainer, RLOOTrainer
+    from trl.experimental.gmpo import GMPOTrainer
 
     data, found = tensors(given), {}
     mask = data["mask"].long()
@@ -222,7 +230,7 @@ def rollouts(given):
                 **{"use_bias_correction_kl": False, "delta": None, "steps_per_generation": 1, **options}
             ),
         )
-        owner = RLOOTrainer if options["type"] == "rloo" else GRPOTrainer
+        owner = {"rloo": RLOOTrainer, "gmpo": GMPOTrainer}.get(options["type"], GRPOTrainer)
         found[name] = judged(owner._compute_loss(own, None, inputs), logprobs)
     return found
 
@@ -233,19 +241,22 @@ def credit(given):
 
     data, found = tensors(given), {}
     mask = data["mask"].long()
+    both = given["large"] * torch.stack([data["scores"], data["others"]], 1)
     for name, options in given["cases"].items():
-        owner = rloo_trainer if name == "rloo" else grpo_trainer
+        owner = rloo_trainer if name.startswith("rloo") else grpo_trainer
+        weights = options.get("weights")
         own = trainer(
-            reward_weights=torch.ones(1, dtype=torch.float64),
-            multi_objective_aggregation="sum_then_normalize",
+            reward_weights=torch.tensor(weights or [1.0], dtype=torch.float64),
+            multi_objective_aggregation="normalize_then_sum" if weights else "sum_then_normalize",
             reward_clip_range=None,
-            normalize_advantages=False,
+            reward_funcs=weights or [None],
+            normalize_advantages=options.get("whitened", False),
             scale_rewards=options.get("scale", "none"),
             beta=options.get("kl", 0.0),
         )
         space = dict(vars(owner)) | {
             "self": own,
-            "rewards_per_func": data["scores"][:, None],
+            "rewards_per_func": both if weights else data["scores"][:, None],
             "num_generations": given["group"],
             "device": torch.device("cpu"),
             "old_per_token_logps": data["old"],
@@ -253,7 +264,7 @@ def credit(given):
             "completion_mask": mask,
             "gather": lambda x: x,
         }
-        method = (owner.RLOOTrainer if name == "rloo" else owner.GRPOTrainer)._generate_and_score_completions
+        method = (owner.RLOOTrainer if owner is rloo_trainer else owner.GRPOTrainer)._generate_and_score_completions
         source = inspect.getsource(method)
         _run(source, "unscorable_mask = torch.isnan(", "# Slice to keep only the local part", space)
         found[name] = space["advantages"].tolist()
@@ -265,19 +276,21 @@ def online(given):
     from trl.experimental.online_dpo import online_dpo_trainer
 
     data = tensors(given)
-    logprobs = data["logprobs"].clone().requires_grad_()
-    space = dict(vars(online_dpo_trainer)) | {
-        "self": trainer(beta=given["beta"], args=SimpleNamespace(loss_type="sigmoid")),
-        "rewards": data["scores"],
-        "batch_size": len(logprobs) // 2,
-        "device": torch.device("cpu"),
-        "logprobs": logprobs,
-        "ref_logprobs": data["reference"],
-        "completion_mask": data["mask"].long(),
-    }
-    source = inspect.getsource(online_dpo_trainer.OnlineDPOTrainer.training_step)
-    _run(source, "# Split rewards into chosen/rejected pairs", "# Log everything", space)
-    return judged(space["loss"], logprobs)
+    source, found = inspect.getsource(online_dpo_trainer.OnlineDPOTrainer.training_step), {}
+    for kind in ("sigmoid", "ipo"):
+        logprobs = data["logprobs"].clone().requires_grad_()
+        space = dict(vars(online_dpo_trainer)) | {
+            "self": trainer(beta=given["beta"], args=SimpleNamespace(loss_type=kind)),
+            "rewards": data["scores"],
+            "batch_size": len(logprobs) // 2,
+            "device": torch.device("cpu"),
+            "logprobs": logprobs,
+            "ref_logprobs": data["reference"],
+            "completion_mask": data["mask"].long(),
+        }
+        _run(source, "# Split rewards into chosen/rejected pairs", "# Log everything", space)
+        found[kind] = judged(space["loss"], logprobs)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------- 1.12.0
@@ -357,6 +370,7 @@ def _run(source, first, last, space):
 
 WHAT = {
     "pairs": pairs,
+    "even_pairs": pairs,
     "without_reference": without_reference,
     "rewards": rewards,
     "answers": answers,

@@ -203,6 +203,7 @@ class PairedBCO(Precomputable):
 class MPO(PairedBCO):
     """Mixed preference optimisation: DPO, BCO of pairs and imitation of the chosen answer, in one loss."""
 
+    verb: ClassVar[str] = "mpo"
     output: str = "runs/mpo"
     """Run folder."""
     dpo_weight: NotNegative = 0.8
