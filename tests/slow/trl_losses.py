@@ -96,7 +96,9 @@ def pairs(given):
             },
         )
         masked = logprobs * data["mask"][:, 1:]
-        loss = DPOTrainer._compute_loss(own, lambda masked=masked, **_: said(masked, squares), inputs, False)
+        # TRL rounds what an alpha divergence makes of ratios to float32.
+        compute = _in_float64(DPOTrainer._compute_loss)
+        loss = compute(own, lambda masked=masked, **_: said(masked, squares), inputs, False)
         found[name] = judged(loss, logprobs)
     return found
 
@@ -132,8 +134,8 @@ def _without_reference(given):
 
 
 def _in_float64(method):
-    """The method, compiled from its source without its `.float()`."""
-    source = textwrap.dedent(inspect.getsource(method)).replace(".float()", "")
+    """The method, compiled from its source with float64 in the place of float32."""
+    source = textwrap.dedent(inspect.getsource(method)).replace(".float()", ".double()").replace("float32:", "float64:")
     space = dict(sys.modules[method.__module__].__dict__)
     exec(source, space)
     return space[method.__name__]
