@@ -16,6 +16,7 @@ from plaudit.losses import (
     clipped_surrogate,
     clipped_weight,
     gamma_weight,
+    geometric_surrogate,
     reinforce,
     sequence_surrogate,
     soft_gate,
@@ -55,6 +56,7 @@ def losses(actions: Tensor) -> dict[str, Callable[[Tensor, Tensor, Tensor], Foun
             new, old, gain, actions, clip, mean=True, share=actions.sum(1)
         ),
         "gates by rows": lambda new, old, gain: soft_gate(new, old, gain, actions, (1.0, 2.0), share, share),
+        "geometric by rows": lambda new, old, gain: geometric_surrogate(new, old, gain, actions, clip),
         "gammas": lambda new, old, gain: gamma_weight(new, old, gain, actions, (2.0, 3.0), (3.0, 2.0)),
     }
 
