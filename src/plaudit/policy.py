@@ -28,7 +28,7 @@ from plaudit.backbone import (
 )
 from plaudit.batch import Batch
 from plaudit.errors import PlauditError
-from plaudit.heads import ActionHeads
+from plaudit.heads import ActionHeads, Perceptron
 from plaudit.layers import lean
 from plaudit.layout import Layout, arrange, computed, padded, side_by_side
 from plaudit.numerics import at_actions, before_actions, likeliest, logprobs_of, token_logprobs
@@ -77,7 +77,7 @@ class Policy(nn.Module):
 
     backbone      the Hugging Face model; with an adapter, the model inside it
     adapter       the peft model around it, or None
-    value         Linear(d, 1) that reads the state before each action, or None
+    value         what reads the state before each action, linear or with a hidden layer, or None
     heads         what says how much each token is worth, or None
     guidance      how much of Q - V is added to the log-probabilities, in sampling and in `forward` alike
     own_head      whether scores come from a classifier's own head, which reads a whole row, as an encoder's does
@@ -90,7 +90,7 @@ class Policy(nn.Module):
     def __init__(self, backbone: nn.Module, adapter: nn.Module | None = None) -> None:
         super().__init__()
         self.backbone = backbone
-        self.value: nn.Linear | None = None
+        self.value: nn.Linear | Perceptron | None = None
         self.heads: ActionHeads | None = None
         self.guidance = 0.0
         self.temperature = 1.0
@@ -410,9 +410,11 @@ def _spread(found: Tensor, actions: Tensor) -> Tensor:
     return torch.stack([at_actions(column, actions) for column in found.unbind(1)], 2)
 
 
-def _scalar(head: nn.Linear, states: Tensor) -> Tensor:
+def _scalar(head: nn.Linear | Perceptron, states: Tensor) -> Tensor:
     """(N, d) -> (N,) in float32 always: eight bits of mantissa are too few for values and scores."""
     with torch.autocast(states.device.type, enabled=False):
+        if isinstance(head, Perceptron):
+            return head(states).squeeze(-1)
         dtype = torch.promote_types(states.dtype, torch.float32)
         bias = None if head.bias is None else head.bias.to(dtype)
         return functional.linear(states.to(dtype), head.weight.to(dtype), bias).squeeze(-1)
