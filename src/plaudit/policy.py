@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,9 @@ from plaudit.backbone import (
     logit_transform,
     owner_of_layers,
     replaced,
+    replaying,
     score_head,
+    stopped_before,
     store_linears,
     swapped,
     tail_of,
@@ -48,28 +50,6 @@ class Output(NamedTuple):
     target_q: Tensor | None = None
     hits: Tensor | None = None
     origins: Tensor | None = None
-
-
-class _Replay(nn.Module):
-    """Stands for the first frozen layer: whatever comes in, the kept activations come out."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.hidden
-
-
-class _Skip(nn.Module):
-    """Stands for the other frozen layers."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
-
-
-class _Reached(Exception):
-    """Leaves the backbone once the frozen layers are through."""
 
 
 class Policy(nn.Module):
@@ -277,15 +257,8 @@ class Policy(nn.Module):
     @torch.no_grad()
     def trunk(self, batch: Batch) -> Tensor:
         """(B, T, d) what leaves the frozen layers: computed once, it serves every epoch and the reference."""
-        caught: list[Tensor] = []
-
-        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            caught.append(args[0] if args else kwargs["hidden_states"])
-            raise _Reached
-
-        hook = layers_of(self.base)[self.frozen].register_forward_pre_hook(stop, with_kwargs=True)
-        with hook, evaluating(self.backbone), suppress(_Reached):
-            layout = self.layout(batch)
+        layout = self.layout(batch)
+        with evaluating(self.backbone), stopped_before(layers_of(self.base)[self.frozen]) as caught:
             self._run(batch, layout)
         return layout.collect(caught[0])
 
@@ -293,8 +266,7 @@ class Policy(nn.Module):
         """(R * L, d) last hidden states and, for unusual heads, (R * L, V) logits; from kept activations if any."""
         if batch.trunk is None or self.frozen == 0:
             return self._run(batch, layout)
-        stand_ins = [_Replay(layout.spread(batch.trunk)), *(_Skip() for _ in range(self.frozen - 1))]
-        with swapped(layers_of(self.base), dict(enumerate(stand_ins))):
+        with replaying(layers_of(self.base), self.frozen, layout.spread(batch.trunk)):
             return self._run(batch, layout)
 
     def _run(self, batch: Batch, layout: Layout) -> tuple[Tensor, Tensor | None]:
