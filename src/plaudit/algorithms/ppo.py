@@ -28,6 +28,8 @@ class ProximalPolicyOptimisation(ReusingAlgorithm):
         batch, rewards = self.measured(batch)
         assert batch.values is not None
         assert batch.scores is not None
+        # Before rewards are whitened, so that it is in the units of the score: a completion's score is added at its
+        # last action, and the rest is the KL term's.
         of_kl = rewards.sum(1) - batch.scores * actions.any(1)
         if settings.whiten_rewards:
             rewards = standardise(rewards, actions, shift_mean=False, summed=self.world.sum)
@@ -41,7 +43,8 @@ class ProximalPolicyOptimisation(ReusingAlgorithm):
         return self.kept(replace(batch, advantages=advantages, returns=returns))
 
     def explained(self, came: Tensor, expected: Tensor) -> float:
-        """The share of the returns' variance that the values foresaw; 0 is no better than their mean."""
+        """The share of the returns' variance that the values (N,) of as many actions foresaw; 0 is no better than their
+        mean."""
         missed = {"missed": came - expected}
         left = self.deviations(missed, self.means(missed))["missed_std"]
         return 1 - left**2 / max(self.notes["return_std"] ** 2, 1e-12)
