@@ -153,7 +153,7 @@ PREFERRED: dict[str, dict[str, Any]] = {
     "ld_dpo": {"alpha": 0.3},
     "simpo": {"gradient_checkpointing": True},
 }
-ENCDEC = ("sft-encdec", "ppo-encdec", "dpo-encdec", "kto-encdec", "grpo-encdec")
+ENCDEC = ("sft-encdec", "ppo-encdec", "dpo-encdec", "kto-encdec", "grpo-encdec", "ilql-encdec")
 
 
 def settings(kind: str, at: Path, output: Path, **changes: Any) -> Any:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from plaudit import attention
@@ -167,6 +167,48 @@ def window_of(config: Any) -> int:
     if "chunked_attention" in (kinds or ()):
         window, in_use = text.attention_chunk_size, True
     return int(window) if window and in_use else 2**31
+
+
+class _Replay(nn.Module):
+    """Stands for the first frozen layer: whatever comes in, the kept activations come out."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.hidden
+
+
+class _Skip(nn.Module):
+    """Stands for the other frozen layers."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+
+class _Reached(Exception):
+    """Leaves the backbone once the frozen layers are through."""
+
+
+@contextmanager
+def stopped_before(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside, a model that runs ends where it comes to this layer; the list holds what would have gone into it."""
+    caught: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.append(args[0] if args else kwargs["hidden_states"])
+        raise _Reached
+
+    with layer.register_forward_pre_hook(stop, with_kwargs=True), suppress(_Reached):
+        yield caught
+
+
+@contextmanager
+def replaying(layers: nn.ModuleList, count: int, hidden: Tensor) -> Iterator[None]:
+    """Inside, the first `count` layers are not run: `hidden` is what comes out of them."""
+    with swapped(layers, dict(enumerate([_Replay(hidden), *(_Skip() for _ in range(count - 1))]))):
+        yield
 
 
 def logit_transform(config: Any) -> tuple[float, float | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +150,14 @@ def ran_out(error: RuntimeError) -> bool:
     """Whether PyTorch says with this error that there is no more memory."""
     said = ("DefaultCPUAllocator", "MPS backend out of memory")
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
+
+
+def fewer(tokens: int, count: Callable[[int], int]) -> int:
+    """`tokens` of a pass, halved until what is to go through is cut into more parts; `count` says into how many."""
+    before = count(tokens)
+    while count(tokens) <= before:
+        tokens //= 2
+    return tokens
 
 
 def tokens_that_fit(free: int | None, needs: Needs, kind: str) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plaudit.errors import PlauditError
+from plaudit.settings.common import Following, Training
 from plaudit.settings.policy_gradient import OnPolicy, PolicyGradient, ReinforcePP
 from plaudit.settings.scratch import SCRATCH
 
@@ -273,6 +274,24 @@ def check_following(settings: Any) -> None:
     else:
         return
     raise PlauditError(f"reference_every: {why}.")
+
+
+def check_unread(settings: Training) -> None:
+    """Raises PlauditError for a setting that is not at its default and that nothing here is going to read."""
+    readers = {"drop_every": ("step",), "drop_after": ("plateau",), "drop_factor": ("step", "plateau")}
+    for name, schedules in readers.items():
+        if getattr(settings, name) != getattr(Training, name) and settings.schedule not in schedules:
+            raise PlauditError(
+                f"{name}: the schedule {settings.schedule} does not look at it: set schedule to "
+                f"{' or '.join(schedules)}, or leave {name} out."
+            )
+    if not isinstance(settings, Following) or settings.reference_every:
+        return
+    if settings.reference_share != Following.reference_share:
+        raise PlauditError(
+            "reference_share: the reference never moves, so nothing asks how far: set reference_every, or leave "
+            "reference_share out."
+        )
 
 
 def check_processes(batch_size: int, processes: int) -> None:

@@ -170,11 +170,6 @@ class Order:
         return self._permutation
 
 
-def shard(items: Sequence[R], rank: int, size: int) -> list[R]:
-    """The part of a global batch that one process works on."""
-    return list(items[rank::size])
-
-
 def within(
     items: Iterable[R], length: Callable[[R], int], limit: int, what: str, needed: bool = True
 ) -> tuple[list[R], list[str]]:

@@ -1,25 +1,22 @@
-"""The families of algorithms: what each reads, how that becomes token ids, and the classes that it is made of. The only
-place that knows every class; they load when they are asked for."""
+"""The families of algorithms: what each reads, and the classes that it is made of. The only place that knows every
+class; they load when they are asked for."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from plaudit import data, pairing, sources
+from plaudit import data, encoding, pairing, sources
 from plaudit.errors import PlauditError
 from plaudit.records import Comparison, Demonstration, Prompt, Ranking, Rating
 from plaudit.settings import ILQL, PPO, SFT, Reward, policy_gradient, preference
 from plaudit.settings.common import Following, Training
 from plaudit.settings.online import BestOfN, OnlineDPO, OnlineIPO
 from plaudit.settings.policy_gradient import OnPolicy
-from plaudit.settings.sampling import Asking
 
 if TYPE_CHECKING:
     from plaudit.algorithms.base import Algorithm
-    from plaudit.algorithms.on_policy import Asked
     from plaudit.policy import Policy
     from plaudit.templates import Encoded, Template
     from plaudit.world import World
@@ -58,118 +55,6 @@ class Family:
 def family_of(settings: Training) -> Family:
     """The family that these settings belong to."""
     return next(FAMILIES[base] for base in type(settings).__mro__ if base in FAMILIES)
-
-
-# ------------------------------------------------------------------------------------------------------------ data
-
-
-def judgement_kind(settings: Training) -> type[Any]:
-    """Which of the three ways to judge the data hold, by the columns of their first row."""
-    columns = data.columns_of(settings.data, settings.split)
-    if "chosen" in columns and "rejected" in columns:
-        return Comparison
-    if "ranking" in columns:
-        return Ranking
-    return Rating
-
-
-def _demonstrated(records: list[Demonstration], template: Template) -> list[Any]:
-    return [template.encode(record.prompt, record.completion) for record in records]
-
-
-def _cut(settings: SFT, items: list[Any], template: Template) -> list[Any]:
-    """Whole texts as windows; with `learn: all`, everything is a whole text."""
-    if settings.learn == "all":
-        items = [item.learned_whole() for item in items]
-    pieces = [item.windows(settings.max_tokens, settings.overlap) if item.whole else [item] for item in items]
-    return [piece for several in pieces for piece in several]
-
-
-def _preference_kind(settings: Training) -> type[Any]:
-    """As `judgement_kind`; what holds no judgement at all lacks a comparison."""
-    kind = judgement_kind(settings)
-    judged = {"ratings", "rating", "score", "label"} & data.columns_of(settings.data, settings.split)
-    return kind if kind is not Rating or judged else Comparison
-
-
-def _answered(records: list[Any], template: Template) -> list[Any]:
-    from plaudit.algorithms.preference import Answers
-
-    items = []
-    for record in records:
-        if isinstance(record, Comparison):
-            texts, targets = [record.chosen, record.rejected], [record.preference, 1 - record.preference]
-        elif isinstance(record, Ranking):
-            texts, targets = list(record.completions), [float(rank) for rank in record.ranks]
-        else:
-            texts, targets = [record.completion], list(record.ratings)
-        items.append(Answers([template.encode(record.prompt, text) for text in texts], targets))
-    return items
-
-
-def asked_of(records: list[Prompt], template: Template) -> list[Asked]:
-    """Prompts with their token ids."""
-    from plaudit.algorithms.on_policy import Asked
-
-    return [Asked(record, template.prompt(record.prompt)) for record in records]
-
-
-def _long_enough(settings: Asking, records: list[Prompt], name: str) -> tuple[list[Prompt], list[str]]:
-    return data.long_enough(records, settings.min_prompt_characters, name)
-
-
-def shortened(settings: Any, asked: list[Asked], template: Template) -> list[Asked]:
-    """Prompts cut to so many first tokens as `prompt_tokens` draws, and, where `long_prompts` says so, to as many last
-    ones as may be read. Raises PlauditError for a conversation, whose end cannot be cut off."""
-    if settings.prompt_tokens:
-        from numpy.random import default_rng
-
-        counts = default_rng(settings.seed).integers(*settings.prompt_tokens, len(asked), endpoint=True).tolist()
-        asked = [item.first(count, template) for item, count in zip(asked, counts, strict=True)]
-    if settings.long_prompts == "drop":
-        return asked
-    return [replace(one, ids=one.ids[-settings.max_prompt_tokens :]) for one in asked]
-
-
-def _judged(records: list[Any], template: Template) -> list[Any]:
-    from plaudit.algorithms.reward import Judged
-
-    items = []
-    for record in records:
-        if isinstance(record, Comparison):
-            texts, margin = [record.chosen, record.rejected], record.margin or 0.0
-            targets = [[record.preference, margin], [1 - record.preference, -margin]]
-        elif isinstance(record, Ranking):
-            texts, targets = list(record.completions), [[float(rank)] for rank in record.ranks]
-        else:
-            texts, targets = [record.completion], [list(record.ratings)]
-        ids = template.tokenizer([template.text(record.prompt, text) for text in texts]).input_ids
-        items.append(Judged(ids, targets))
-    return items
-
-
-def _logged(records: list[Rating], template: Template) -> list[Any]:
-    """Rated texts with what each of their tokens earned: the mean rating at the last, unless the data say more."""
-    from plaudit.algorithms.ilql import Logged
-
-    items = []
-    for record in records:
-        text = template.encode(record.prompt, record.completion)
-        acted = [place for place, acting in enumerate(text.actions) if acting]
-        given = record.columns.get("token_rewards")
-        if given is None:
-            earned = {acted[-1]: math.fsum(record.ratings) / len(record.ratings)}
-        elif len(acted) - len(given) in (0, 1):
-            earned = dict(zip(acted, given, strict=False))
-        else:
-            raise PlauditError(
-                f"data: `token_rewards` holds {len(given)} numbers for {record.completion!r:.40}, which the model "
-                f"reads as {len(acted) - 1} tokens and its end: give one for each token, the end too if it earned "
-                "something."
-            )
-        rewards = [float(earned.get(place, 0.0)) for place in range(len(text.actions))]
-        items.append(Logged(text.prompt, text.completion, text.actions, rewards=rewards))
-    return items
 
 
 # ------------------------------------------------------------------------------------------------------ algorithms
@@ -226,7 +111,7 @@ def _reward(settings: Reward, world: World, template: Template, *items: list[Any
         (Rating, "regression"): Regression,
         (Rating, "binary"): Binary,
     }
-    algorithm = kinds[judgement_kind(settings), settings.objective]
+    algorithm = kinds[encoding.judgement_kind(settings), settings.objective]
     anchor = _anchor(settings, template)
     policy = load_reward_model(
         settings.model,
@@ -406,8 +291,8 @@ def _told_apart(algorithm: Algorithm, rows: Rows) -> dict[str, Any]:
 _PREFERENCE = Family(
     unit="pair",
     limit="max_tokens",
-    record=_preference_kind,
-    encode=_answered,
+    record=encoding.preference_kind,
+    encode=encoding.answered,
     build=_preference,
     figures=_told_apart,
     convert=lambda settings, records, name: pairing.comparisons(records, settings.soft, name),
@@ -416,15 +301,30 @@ _SINGLE = replace(_PREFERENCE, unit="answer", convert=lambda _, records, name: p
 _RANKED = replace(_PREFERENCE, unit="ranking", convert=lambda _, records, name: pairing.rankings(records, name))
 
 FAMILIES: dict[type, Family] = {
-    SFT: Family("demonstration", "max_tokens", lambda _: Demonstration, _demonstrated, _sft, _before_and_after, _cut),
-    ILQL: Family("text", "max_tokens", lambda _: Rating, _logged, _ilql, _before_and_after),
-    Reward: Family("text", "max_tokens", judgement_kind, _judged, _reward, _found),
+    SFT: Family(
+        unit="demonstration",
+        limit="max_tokens",
+        record=lambda _: Demonstration,
+        encode=encoding.demonstrated,
+        build=_sft,
+        figures=_before_and_after,
+        cut=encoding.cut_texts,
+    ),
+    ILQL: Family("text", "max_tokens", lambda _: Rating, encoding.logged, _ilql, _before_and_after),
+    Reward: Family("text", "max_tokens", encoding.judgement_kind, encoding.judged, _reward, _found),
     preference.Preference: _PREFERENCE,
     preference.KTO: _SINGLE,
     preference.UnpairedAPOZero: _SINGLE,
     preference.BCO: _SINGLE,
     preference.RRHF: _RANKED,
     OnPolicy: Family(
-        "prompt", "max_prompt_tokens", lambda _: Prompt, asked_of, _on_policy, _reached, shortened, _long_enough
+        unit="prompt",
+        limit="max_prompt_tokens",
+        record=lambda _: Prompt,
+        encode=encoding.asked_of,
+        build=_on_policy,
+        figures=_reached,
+        cut=encoding.shortened,
+        convert=encoding.long_enough,
     ),
 }

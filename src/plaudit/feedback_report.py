@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plaudit.outcome import DASH, number, percent
-from plaudit.report import AFTER, BEFORE, INK, MUTED, RULE, Figure, draw
+from plaudit.plots import AFTER, BEFORE, INK, MUTED, RULE, Figure, draw
+from plaudit.wording import DASH, number, percent
 
 NAMES = {
     "raw": "Raw agreement",

@@ -29,21 +29,21 @@ class Worth(NamedTuple):
 
 
 class Perceptron(nn.Module):
-    """One hidden layer twice as wide as the state. What follows it is wanted for one token or for all."""
+    """One hidden layer, `wider` times as wide as the state. What follows it is wanted for one token or for all."""
 
-    def __init__(self, width: int, outputs: int) -> None:
+    def __init__(self, width: int, outputs: int, wider: int = 2) -> None:
         super().__init__()
-        self.into = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(2 * width, outputs)
+        self.into = nn.Linear(width, wider * width)
+        self.out = nn.Linear(wider * width, outputs)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def inner(self, states: Tensor) -> Tensor:
-        """(N, d) -> (N, 2d)."""
+        """(N, d) -> (N, wider * d)."""
         return functional.relu(self.into(states.to(self.into.weight.dtype)))
 
     def at(self, inner: Tensor, tokens: Tensor) -> Tensor:
-        """(N, 2d), (N,) -> (N,) the output of one token for each state, in float32 at least."""
+        """(N, wider * d), (N,) -> (N,) the output of one token for each state, in float32 at least."""
         wide = torch.promote_types(inner.dtype, torch.float32)
         return (inner.to(wide) * self.out.weight[tokens].to(wide)).sum(1) + self.out.bias[tokens].to(wide)
 

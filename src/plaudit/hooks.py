@@ -102,6 +102,7 @@ class Logging:
             self.tracker.log(trainer.step, trainer.figures)
         if samples:
             trainer.run.samples(trainer.step, samples)
+            self.tracker.table(trainer.step, samples)
 
     def end(self, trainer: Trainer) -> None:
         self.tracker.close()
@@ -119,6 +120,7 @@ class Tracker:
             library = importlib.import_module(module)
         except ImportError as error:
             raise PlauditError(f"track: {kind} is not installed: pip install 'plaudit[{kind}]'.") from error
+        self.library = library
         if kind == "tensorboard":
             self.client = library.SummaryWriter(str(folder / "tensorboard"))
         else:
@@ -135,9 +137,26 @@ class Tracker:
         elif self.client is not None:
             self.client.log(figures, step=step)
 
+    def table(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """The same columns in all rows, as `samples`."""
+        if self.kind == "none":
+            return
+        cells = [[value if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+        if self.kind == "tensorboard":
+            self.client.add_text("samples", markdown_table(list(rows[0]), cells), step)
+        else:
+            self.client.log({"samples": self.library.Table(columns=list(rows[0]), data=cells)}, step=step)
+
     def close(self) -> None:
         if self.client is not None:
             self.client.close() if self.kind == "tensorboard" else self.client.finish()
+
+
+def markdown_table(columns: list[str], rows: list[list[Any]]) -> str:
+    """A table as Markdown, in which line breaks are shown as ⏎."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    shown = [[str(cell).replace("|", "\\|").replace("\n", " ⏎ ") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in shown)
 
 
 class Sparing:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plaudit import checks, config, data, machine, sources
+from plaudit.encoding import asked_of, shortened
 from plaudit.errors import PlauditError
-from plaudit.families import asked_of, shortened
 from plaudit.recipes import in_files, left_out, opened, say, start_world
 from plaudit.records import Loaded, Prompt
 from plaudit.run import Run, write_atomically

@@ -18,7 +18,7 @@ from plaudit.backbone import heads_of, layers_of, load_backbone, logit_transform
 from plaudit.batch import Batch, collate
 from plaudit.checks import ACTION_HEADS, check_model, read_config
 from plaudit.errors import PlauditError
-from plaudit.heads import ActionHeads
+from plaudit.heads import ActionHeads, Perceptron
 from plaudit.layout import Layout, padded, shared, side_by_side
 from plaudit.policy import Policy
 from plaudit.seq2seq import arrange
@@ -72,6 +72,7 @@ def load_policy(
     lora_rank: int = 0,
     lora_alpha: float = 16.0,
     value_head: bool = False,
+    value_hidden: int = 0,
     action_heads: bool = False,
     learns: bool = True,
 ) -> Policy:
@@ -79,7 +80,9 @@ def load_policy(
     the heads that are asked for: those beside the model, or new ones.
 
     train_layers: only the last so many layers and the final norm learn (0: all). lora_rank: only low-rank
-    adapters of that rank learn (0: none). Raises PlauditError for a wrong name or a combination of both.
+    adapters of that rank learn (0: none). value_hidden: the value head has a hidden layer so many times as wide as the
+    states (0: none). Raises PlauditError for a wrong name, a combination of both ways, or a saved value head of
+    another shape.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -94,13 +97,7 @@ def load_policy(
     if not learns:
         policy.requires_grad_(False)
     if value_head:
-        # Zero: before it has learned anything, the best guess of every advantage is the reward itself.
-        policy.value = nn.Linear(policy.width, 1)
-        nn.init.zeros_(policy.value.weight)
-        nn.init.zeros_(policy.value.bias)
-        saved = Path(name) / _VALUE_HEAD
-        if saved.is_file():
-            policy.value.load_state_dict(load_file(saved))
+        policy.value = _value_head(name, policy.width, value_hidden)
     if action_heads:
         policy.heads = ActionHeads(policy.width, policy.backbone.get_output_embeddings().weight.shape[0])
         saved = Path(name) / ACTION_HEADS
@@ -109,6 +106,29 @@ def load_policy(
         if not learns:
             policy.heads.requires_grad_(False)
     return _finish(policy, name, precision)
+
+
+def _value_head(name: str, width: int, wider: int) -> nn.Linear | Perceptron:
+    """The value head beside a model, or a new one that is zero: before it has learned anything, the best guess of every
+    advantage is the reward itself."""
+    head: nn.Linear | Perceptron
+    if wider:
+        head = Perceptron(width, 1, wider)
+    else:
+        head = nn.Linear(width, 1)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+    path = Path(name) / _VALUE_HEAD
+    if path.is_file():
+        saved = load_file(path)
+        if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in head.state_dict().items()}:
+            own = len(saved["into.bias"]) // width if "into.bias" in saved else 0
+            raise PlauditError(
+                f"value_hidden is {wider}, but the value head that lies in {name!r} was made with {own}: set "
+                f"value_hidden to {own}, or remove {_VALUE_HEAD} there to begin with a new one."
+            )
+        head.load_state_dict(saved)
+    return head
 
 
 def load_reward_model(

@@ -10,9 +10,11 @@ from typing import Any
 
 from plaudit import report
 from plaudit.config import read_yaml
-from plaudit.outcome import Stage, flat, number, percent
+from plaudit.outcome import Stage
+from plaudit.plots import curves
 from plaudit.records import Comparison, load
 from plaudit.run import read_lines, write_atomically
+from plaudit.wording import flat, number, percent
 
 PAGE = "loop.html"
 AGAIN = 10
@@ -42,7 +44,7 @@ def write(folder: Path, doing: str = "") -> Path:
                 "name": "loop",
                 "title": "The policy, step by step",
                 "facts": {},
-                "figures": report.curves(Stage("loop", metrics=steps)),
+                "figures": curves(Stage("loop", metrics=steps)),
                 "settings": flat(settings),
                 "samples": [],
             }
@@ -104,7 +106,7 @@ def _rounds(rounds: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
         "moves": {},
         "win": None,
         "interval": "",
-        "figures": report.curves(Stage("rounds", metrics=over)),
+        "figures": curves(Stage("rounds", metrics=over)),
         "samples": samples,
         "shown": f"The last {len(samples)} answers",
     }

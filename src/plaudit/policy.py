@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,9 @@ from plaudit.backbone import (
     logit_transform,
     owner_of_layers,
     replaced,
+    replaying,
     score_head,
+    stopped_before,
     store_linears,
     swapped,
     tail_of,
@@ -28,7 +30,7 @@ from plaudit.backbone import (
 )
 from plaudit.batch import Batch
 from plaudit.errors import PlauditError
-from plaudit.heads import ActionHeads
+from plaudit.heads import ActionHeads, Perceptron
 from plaudit.layers import lean
 from plaudit.layout import Layout, arrange, computed, padded, side_by_side
 from plaudit.numerics import at_actions, before_actions, likeliest, logprobs_of, token_logprobs
@@ -50,34 +52,12 @@ class Output(NamedTuple):
     origins: Tensor | None = None
 
 
-class _Replay(nn.Module):
-    """Stands for the first frozen layer: whatever comes in, the kept activations come out."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.hidden
-
-
-class _Skip(nn.Module):
-    """Stands for the other frozen layers."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
-
-
-class _Reached(Exception):
-    """Leaves the backbone once the frozen layers are through."""
-
-
 class Policy(nn.Module):
     """A language model, causal or encoder-decoder, or a sequence classifier as a reward model, and its heads.
 
     backbone      the Hugging Face model; with an adapter, the model inside it
     adapter       the peft model around it, or None
-    value         Linear(d, 1) that reads the state before each action, or None
+    value         what reads the state before each action, linear or with a hidden layer, or None
     heads         what says how much each token is worth, or None
     guidance      how much of Q - V is added to the log-probabilities, in sampling and in `forward` alike
     own_head      whether scores come from a classifier's own head, which reads a whole row, as an encoder's does
@@ -90,7 +70,7 @@ class Policy(nn.Module):
     def __init__(self, backbone: nn.Module, adapter: nn.Module | None = None) -> None:
         super().__init__()
         self.backbone = backbone
-        self.value: nn.Linear | None = None
+        self.value: nn.Linear | Perceptron | None = None
         self.heads: ActionHeads | None = None
         self.guidance = 0.0
         self.temperature = 1.0
@@ -277,15 +257,8 @@ class Policy(nn.Module):
     @torch.no_grad()
     def trunk(self, batch: Batch) -> Tensor:
         """(B, T, d) what leaves the frozen layers: computed once, it serves every epoch and the reference."""
-        caught: list[Tensor] = []
-
-        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            caught.append(args[0] if args else kwargs["hidden_states"])
-            raise _Reached
-
-        hook = layers_of(self.base)[self.frozen].register_forward_pre_hook(stop, with_kwargs=True)
-        with hook, evaluating(self.backbone), suppress(_Reached):
-            layout = self.layout(batch)
+        layout = self.layout(batch)
+        with evaluating(self.backbone), stopped_before(layers_of(self.base)[self.frozen]) as caught:
             self._run(batch, layout)
         return layout.collect(caught[0])
 
@@ -293,8 +266,7 @@ class Policy(nn.Module):
         """(R * L, d) last hidden states and, for unusual heads, (R * L, V) logits; from kept activations if any."""
         if batch.trunk is None or self.frozen == 0:
             return self._run(batch, layout)
-        stand_ins = [_Replay(layout.spread(batch.trunk)), *(_Skip() for _ in range(self.frozen - 1))]
-        with swapped(layers_of(self.base), dict(enumerate(stand_ins))):
+        with replaying(layers_of(self.base), self.frozen, layout.spread(batch.trunk)):
             return self._run(batch, layout)
 
     def _run(self, batch: Batch, layout: Layout) -> tuple[Tensor, Tensor | None]:
@@ -410,9 +382,11 @@ def _spread(found: Tensor, actions: Tensor) -> Tensor:
     return torch.stack([at_actions(column, actions) for column in found.unbind(1)], 2)
 
 
-def _scalar(head: nn.Linear, states: Tensor) -> Tensor:
+def _scalar(head: nn.Linear | Perceptron, states: Tensor) -> Tensor:
     """(N, d) -> (N,) in float32 always: eight bits of mantissa are too few for values and scores."""
     with torch.autocast(states.device.type, enabled=False):
+        if isinstance(head, Perceptron):
+            return head(states).squeeze(-1)
         dtype = torch.promote_types(states.dtype, torch.float32)
         bias = None if head.bias is None else head.bias.to(dtype)
         return functional.linear(states.to(dtype), head.weight.to(dtype), bias).squeeze(-1)

@@ -186,6 +186,7 @@ def prepare(settings: Training) -> tuple[Training, Data]:
         checks.check_model(settings.model)
     checks.check_processes(settings.batch_size, machine.processes()[1])
     check_watch(settings)
+    checks.check_unread(settings)
     if isinstance(settings, OnPolicy):
         checks.check_rewards(checks.listed(settings.rewards))
         checks.check_rollout(settings.rollout, settings.batch_size, settings.group, once=isinstance(settings, VPG))

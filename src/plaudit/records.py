@@ -338,12 +338,6 @@ def ratings_of(comparison: Comparison) -> tuple[Rating, Rating]:
     return Rating(prompt, comparison.chosen, (p,), columns), Rating(prompt, comparison.rejected, (1 - p,), columns)
 
 
-def demonstration_of(comparison: Comparison) -> Demonstration:
-    """The answer that more people prefer, of a tie the first, as something to imitate."""
-    preferred = comparison.rejected if comparison.preference < 0.5 else comparison.chosen
-    return Demonstration(comparison.prompt, preferred, comparison.columns)
-
-
 # ------------------------------------------------------------------------------------------------ writing
 
 

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plaudit import machine
 from plaudit.advantages import RunningMoments
 from plaudit.backbone import limit_of
-from plaudit.batch import collate
+from plaudit.batch import Batch, collate
+from plaudit.budget import fewer, ran_out
 from plaudit.checks import ENSEMBLE_RULE, check_model, listed, members_of
 from plaudit.config import plain
 from plaudit.errors import PlauditError
@@ -62,7 +64,10 @@ def load_function(spec: str) -> Callable[..., Any]:
 
 
 class ModelReward:
-    """The score of a reward model that reads prompt and completion through its own tokenizer."""
+    """The score of a reward model that reads prompt and completion through its own tokenizer.
+
+    tokens  that go through it at once at most; fewer once memory has run out
+    """
 
     def __init__(self, policy: Policy, tokenizer: Any, tokens_per_pass: int = 4096) -> None:
         self.policy, self.template, self.tokens = policy, Template(tokenizer), tokens_per_pass
@@ -71,8 +76,23 @@ class ModelReward:
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
         texts = [self.template.text(p, c) for p, c in zip(prompts, completions, strict=True)]
         rows = self.template.tokenizer(texts, truncation=True, max_length=limit_of(self.policy.backbone)).input_ids
-        scores = torch.zeros(len(rows))
         batch = collate(rows, [[]] * len(rows))
+
+        def count(tokens: int) -> int:
+            return len(list(self.policy.parts(batch, tokens)))
+
+        while True:
+            try:
+                return self._scored(batch)
+            except RuntimeError as error:
+                if not ran_out(error) or count(self.tokens) == len(rows):
+                    raise
+            # Here the error is gone, and with it all that its frames held.
+            self.tokens = fewer(self.tokens, count)
+            machine.release()
+
+    def _scored(self, batch: Batch) -> list[float]:
+        scores = torch.zeros(len(batch))
         for part, places in self.policy.parts(batch, self.tokens):
             output = self.policy(part.to(self.policy.device), logprobs=False, scores=True)
             scores[places] = output.scores.float().cpu()

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from plaudit import machine
+from plaudit.budget import ran_out
 from plaudit.decoding import Shadow, draw, keep_likely, scored
 from plaudit.errors import PlauditError
 from plaudit.seq2seq import Decoder
@@ -105,7 +107,7 @@ class LocalSampler:
     decode   token ids -> text, needed for stop strings
     dtype    what the shadow computes in (None: what the parameters are in)
     guide    last hidden states (n, d) -> (n, V), added to their logits before anything else is done with them
-    rows     how many rows are decoded at once at most; the others wait
+    rows     how many rows are decoded at once at most; the others wait. Once memory has run out, half as many
     refill   rows that wait come in when this share of the slots is free: each time costs a pass over the weights
     compact  rows leave the batch when the share that still runs falls below this
     """
@@ -159,7 +161,18 @@ class LocalSampler:
         # Rows of like length stand together, so that padding stays small, and those of one prompt side by side; the
         # longest come first, so that a batch that does not fit into memory fails at once.
         order = sorted(range(size), key=lambda row: (-len(asked[row // n]), first[asked[row // n]]))
-        rows = _Rows(sampling, uniforms.to(self._shadow.module.device), self._decode)
+        uniforms = uniforms.to(self._shadow.module.device)
+        while True:
+            try:
+                return self._drawn(order, asked, _Rows(sampling, uniforms, self._decode), n)
+            except RuntimeError as error:
+                if not ran_out(error) or min(self._rows, size) == 1:
+                    raise
+            # Here the error is gone, and with it all that its frames held.
+            self._rows = min(self._rows, size) // 2
+            machine.release()
+
+    def _drawn(self, order: list[int], asked: list[tuple[int, ...]], rows: _Rows, n: int) -> Sampled:
         while order:
             order = self._run(order, [asked[row // n] for row in order], rows)
         return rows.sampled()

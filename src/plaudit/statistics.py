@@ -281,16 +281,6 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def repetition(texts: Sequence[str], n: int = 4) -> float:
-    """Share of n-grams that repeat one of their own text, averaged over texts (seq-rep-n, arXiv:1908.04319, eq. 8).
-
-    Texts of fewer than n tokens are left out; 0 if none is left.
-    """
-    grams = [_grams(text, n) for text in texts]
-    shares = [1 - len(set(each)) / len(each) for each in grams if each]
-    return sum(shares) / len(shares) if shares else 0.0
-
-
 def _grams(text: str, n: int) -> list[tuple[str, ...]]:
     tokens = text.split()
     return [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]

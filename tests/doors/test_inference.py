@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from plaudit import Evaluate, comparing, evaluate, hooks, statistics
-from plaudit.families import asked_of
+from plaudit.encoding import asked_of
 from plaudit.loading import load_policy
 from plaudit.records import Prompt
 from plaudit.sampler import Sampling

@@ -16,7 +16,7 @@ import tiny
 from plaudit import GRPO, RLOO, SFT, Evaluate, PlauditError, Reward, Sample, config, evaluate, recipes, sample
 from plaudit.algorithms.on_policy import Asked
 from plaudit.data import fraction, long_enough
-from plaudit.families import shortened
+from plaudit.encoding import shortened
 from plaudit.records import Prompt
 from plaudit.templates import Template
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 # What differs only in its loss, or in how its weights are kept, is broken off at fewer places.
 SOME = {"rankings": (2,), "ratings": (3,), "ppo-top": (3, 6), "ppo-adapter": (2, 5), "ilql": (2,), "sft-encdec": (2,)}
-SOME |= {"ppo-encdec": (5,), "dpo-encdec": (2,), "grpo-encdec": (3,)}
+SOME |= {"ppo-encdec": (5,), "dpo-encdec": (2,), "grpo-encdec": (3,), "ilql-encdec": (2,)}
 SOME |= dict.fromkeys(examples.PREFERENCES, (3,))
 SOME |= dict.fromkeys(examples.JUDGED, (3,))
 SOME |= dict.fromkeys(examples.SAMPLED, (3,))

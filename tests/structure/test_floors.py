@@ -19,14 +19,14 @@ FLOORS = {
     "rewards sources world scratch seq2seq speed budget",
     3: "algorithms comparing asking",
     4: "checkpoint trainer hooks",
-    5: "families recipes inference pipeline explain outcome report cli rm_train bench "
+    5: "encoding families recipes inference pipeline explain wording outcome plots report cli rm_train bench "
     "trl_arguments trl_shapes people feedback_report labelling versus looping loop_plan loop_page",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 CONFINED = {
     "accelerate": {"world"},
     "peft": {"loading"},
-    "matplotlib": {"report", "feedback_report"},
+    "matplotlib": {"plots", "feedback_report"},
     "starlette": {"feedback"},
     "uvicorn": {"feedback"},
     "playwright": set(),

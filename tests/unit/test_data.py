@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections import Counter
 
 import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plaudit.data import Order, columns_of, hold_out, hold_out_end, key_of, load, shard, within
+from plaudit.data import Order, columns_of, hold_out, hold_out_end, key_of, load, within
 from plaudit.errors import PlauditError
 from plaudit.records import Demonstration, Prompt
 
@@ -216,16 +215,6 @@ def test_any_step_is_known_without_those_before_it():
     steps = [order[step] for step in range(12)]
     assert [Order(7, 3, 5)[step] for step in reversed(range(12))] == steps[::-1]
     assert order[2] == steps[2]
-
-
-@given(st.integers(1, 6), st.integers(1, 30))
-@settings(max_examples=30, deadline=None)
-def test_any_number_of_processes_sees_the_same_batches(size, count):
-    order = Order(count, 12, 3)
-    for step in range(4):
-        parts = [shard(order[step], rank, size) for rank in range(size)]
-        assert Counter(i for part in parts for i in part) == Counter(order[step])
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_steps_that_see_the_data_so_many_times():

@@ -20,7 +20,6 @@ from plaudit.records import (
     Ranking,
     Rating,
     comparisons_of,
-    demonstration_of,
     load,
     parse,
     ranking_of,
@@ -498,11 +497,10 @@ def test_ratings_of_one_prompt_rank_its_answers():
         ranking_of([])
 
 
-def test_a_comparison_gives_two_ratings_and_a_demonstration():
+def test_a_comparison_gives_two_ratings():
     comparison = Comparison("p", "c", "r", columns={"id": 7})
     assert ratings_of(comparison) == (Rating("p", "c", (1.0,), {"id": 7}), Rating("p", "r", (0.0,), {"id": 7}))
     assert [rating.ratings for rating in ratings_of(replace(comparison, preference=0.25))] == [(0.25,), (0.75,)]
-    assert demonstration_of(comparison) == Demonstration("p", "c", {"id": 7})
 
 
 # ------------------------------------------------------------------------------------------------ writing

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from plaudit import report
+from plaudit import plots, report
 from plaudit.errors import PlauditError
-from plaudit.outcome import Stage, duration, figure, headline, number, read
+from plaudit.outcome import Stage, headline, read
+from plaudit.wording import duration, figure, number
 
 HOSTILE = "</style></script><script>alert('x')</script><img src=x onerror=alert(1)>"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -289,11 +290,11 @@ def test_figures_have_units():
 def test_noise_is_calmed_and_trends_are_not_touched():
     steps = [float(s) for s in range(100)]
     ramp = (steps, [2e-4 * min(1, s / 10) * (1 - s / 101) for s in steps])
-    assert report._calmed(ramp) is ramp
+    assert plots._calmed(ramp) is ramp
     draw = random.Random(2)
-    _, values = report._calmed((steps, [1 + draw.gauss(0, 0.5) for _ in steps]))
+    _, values = plots._calmed((steps, [1 + draw.gauss(0, 0.5) for _ in steps]))
     assert 0.5 < min(values) < max(values) < 1.5
-    assert report._calmed((steps, [3.0] * 100))[1] == [3.0] * 100
+    assert plots._calmed((steps, [3.0] * 100))[1] == [3.0] * 100
 
 
 def test_matplotlib_waits_until_a_plot_is_drawn():

@@ -17,7 +17,6 @@ from plaudit.statistics import (
     one_rater_accuracy,
     pair_probabilities,
     pairwise_accuracy,
-    repetition,
     wilson,
     win_rate,
 )
@@ -276,14 +275,11 @@ def test_pair_probabilities_are_the_loop_and_fit_calibration(items):
     assert 0 <= calibration(predicted, observed).error <= 1
 
 
-def test_distinct_and_repetition_by_hand():
+def test_distinct_by_hand():
     texts = ["a b a b", "a b c", "d"]
     assert distinct_n(texts, 1) == pytest.approx(4 / 8)
     assert distinct_n(texts, 2) == pytest.approx(3 / 5)
     assert distinct_n(["one two"], 3) == 0.0
-    assert repetition(texts, 2) == pytest.approx((1 / 3 + 0) / 2)
-    assert repetition(["so so so so so"]) == pytest.approx(0.5)
-    assert repetition(["short"]) == 0.0
 
 
 def test_import_loads_neither_scipy_nor_torch():

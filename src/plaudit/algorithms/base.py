@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from plaudit import machine
 from plaudit.batch import Batch
-from plaudit.budget import ran_out
+from plaudit.budget import fewer, ran_out
 from plaudit.data import Order
 from plaudit.errors import PlauditError
 from plaudit.policy import Output, Policy
@@ -155,18 +155,15 @@ class Algorithm:
         def count(tokens: int) -> int:
             return len(list(self.policy.parts(batch, tokens)))
 
-        now = tokens = self.tokens_per_pass
+        now = self.tokens_per_pass
         if self.world.size > 1:  # the others are in the middle of theirs
             raise PlauditError(f"memory ran out in a pass of {now} tokens: set tokens_per_pass to {max(now // 2, 1)}.")
-        before = count(now)
-        if before == len(batch.blocks()):
+        if count(now) == len(batch.blocks()):
             raise PlauditError(
                 "memory ran out in a pass that held one row, or one prompt with its answers: no smaller one can be "
                 "made. Set gradient_checkpointing, train less (train_layers, lora_rank), or lower the limit of tokens."
             )
-        while count(tokens) <= before:
-            tokens //= 2
-        return tokens
+        return fewer(now, count)
 
 
 class HeldToReference(Algorithm):

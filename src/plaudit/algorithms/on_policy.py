@@ -199,7 +199,7 @@ class OnPolicyAlgorithm(Algorithm):
             lengths, settings.max_new_tokens, settings.overlong
         )
         if noted:
-            self.note(each, raw, truncated, lengths)
+            self.note(each, raw, truncated, lengths, torch.tensor([len(a) for a in asked]))
             if settings.group > 1:
                 self.notes["degenerate"] = self.mean(degenerate(shaped, settings.group).float())
         rows = zip(
@@ -211,15 +211,16 @@ class OnPolicyAlgorithm(Algorithm):
         """(n,) what is learned from, of rewards by each source (sources, n) and their weighted sum (n,)."""
         return raw
 
-    def note(self, each: Tensor, raw: Tensor, truncated: Tensor, lengths: Tensor) -> None:
-        """Figures of what was drawn, over all processes."""
-        self.notes["score"] = self.mean(raw)
-        self.notes["score_std"] = math.sqrt(self.mean((raw - self.notes["score"]).square()))
-        self.notes["truncated"] = self.mean(truncated.float())
-        self.notes["completion_tokens"] = self.mean(lengths.float())
+    def note(self, each: Tensor, raw: Tensor, truncated: Tensor, lengths: Tensor, prompts: Tensor) -> None:
+        """Figures of what was drawn, over all processes; `prompts` (n,) are their lengths."""
+        figures = {"score": raw, "completion_tokens": lengths.float(), "prompt_tokens": prompts.float()}
+        spread = dict(figures)
+        figures["truncated"] = truncated.float()
         if len(each) > 1:
             for name, values in zip(self.rewards.short_names(), each, strict=True):
-                self.notes[f"reward/{name}"] = self.mean(values[~values.isnan()])
+                figures[f"reward/{name}"] = values[~values.isnan()]
+        self.notes |= self.means(figures)
+        self.notes |= self.deviations(spread, self.notes)
 
     def collated(self, drawn: list[Completion]) -> Batch:
         """The batch of these completions, with logprobs, scores, truncated and index."""
@@ -334,7 +335,18 @@ class OnPolicyAlgorithm(Algorithm):
 
     # --------------------------------------------------------------------------------- figures over all processes
 
+    def means(self, figures: dict[str, Tensor]) -> dict[str, float]:
+        """The mean of each over all processes, for one reduction and one wait for the device."""
+        sums = torch.stack([values.sum().double() for values in figures.values()]).cpu()
+        counts = torch.tensor([float(values.numel()) for values in figures.values()]).double()
+        total = self.world.sum(torch.stack([sums, counts]))
+        return dict(zip(figures, (total[0] / total[1].clamp(min=1)).tolist(), strict=True))
+
     def mean(self, values: Tensor) -> float:
         """The mean over all processes."""
-        total = self.world.sum(torch.stack([values.sum().double().cpu(), torch.tensor(float(values.numel())).double()]))
-        return float(total[0] / total[1].clamp(min=1))
+        return self.means({"": values})[""]
+
+    def deviations(self, figures: dict[str, Tensor], means: dict[str, float]) -> dict[str, float]:
+        """The standard deviation of each over all processes, as NAME_std, from the means that are known."""
+        squares = {f"{name}_std": (values - means[name]).square() for name, values in figures.items()}
+        return {name: math.sqrt(value) for name, value in self.means(squares).items()}

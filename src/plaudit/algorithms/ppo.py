@@ -27,27 +27,27 @@ class ProximalPolicyOptimisation(ReusingAlgorithm):
         settings, actions = self.settings, batch.actions
         batch, rewards = self.measured(batch)
         assert batch.values is not None
+        assert batch.scores is not None
+        # Before rewards are whitened, so that it is in the units of the score: a completion's score is added at its
+        # last action, and the rest is the KL term's.
+        of_kl = rewards.sum(1) - batch.scores * actions.any(1)
         if settings.whiten_rewards:
             rewards = standardise(rewards, actions, shift_mean=False, summed=self.world.sum)
         advantages, returns = gae(rewards, batch.values, actions, settings.gamma, settings.lam)
-        self.notes |= {
-            "return": self.mean(returns[actions]),
-            "return_std": math.sqrt(self.spread(returns[actions])),
-            "value": self.mean(batch.values[actions]),
-            "explained_variance": self.explained(returns, batch.values, actions),
-        }
+        came, expected = returns[actions], batch.values[actions]
+        self.notes |= self.means({"return": came, "value": expected, "kl_reward": of_kl})
+        self.notes |= self.deviations({"return": came, "value": expected}, self.notes)
+        self.notes["explained_variance"] = self.explained(came, expected)
         if settings.whiten_advantages:
             advantages = standardise(advantages, actions, summed=self.world.sum)
         return self.kept(replace(batch, advantages=advantages, returns=returns))
 
-    def explained(self, returns: Tensor, values: Tensor, actions: Tensor) -> float:
-        """The share of the returns' variance that the values foresaw; 0 is no better than their mean."""
-        chosen = returns[actions]
-        return 1 - self.spread(chosen - values[actions]) / max(self.spread(chosen), 1e-12)
-
-    def spread(self, numbers: Tensor) -> float:
-        """The variance of the numbers of all processes."""
-        return self.mean((numbers - self.mean(numbers)).square())
+    def explained(self, came: Tensor, expected: Tensor) -> float:
+        """The share of the returns' variance that the values (N,) of as many actions foresaw; 0 is no better than their
+        mean."""
+        missed = {"missed": came - expected}
+        left = self.deviations(missed, self.means(missed))["missed_std"]
+        return 1 - left**2 / max(self.notes["return_std"] ** 2, 1e-12)
 
     def objective(self, output: Output, batch: Batch) -> tuple[Tensor, Stats]:
         settings = self.settings

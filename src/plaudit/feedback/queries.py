@@ -16,8 +16,6 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 Schedule = Literal["constant", "hyperbolic", "annealed"]
-POOL = 10
-"""Candidates for each question that is asked, as Christiano et al. 2017 sample them."""
 
 
 class Chosen(NamedTuple):
