@@ -121,6 +121,8 @@ class PPO(Reusing):
     """Weight of the value loss."""
     value_learning_rate: NotNegative = 0.0
     """Learning rate of the value head; 0 takes the policy's."""
+    value_hidden: CountOrNone = 0
+    """Hidden layer of the value head, with ReLU, so many times as wide as the model's states; 0 for none."""
     whiten_advantages: bool = True
     """Standardise advantages over the rollout."""
     whiten_rewards: bool = False
