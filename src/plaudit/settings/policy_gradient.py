@@ -37,6 +37,8 @@ class OnPolicy(Asking, Sampling, ShapedRewards, Training):
     they are (Yu et al. 2025, eq. 13); 0 for none."""
     overlong_penalty: NotNegative = 1.0
     """Reward that a completion as long as the limit loses to `overlong`."""
+    shown: CountOrNone = 4
+    """Completions of each rollout that `samples.jsonl` keeps, with their scores; 0 keeps all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
