@@ -60,7 +60,8 @@ def family_of(settings: Training) -> Family:
 # ------------------------------------------------------------------------------------------------------ algorithms
 
 
-def _policy(settings: Training, world: World, value_head: bool = False, action_heads: bool = False) -> Policy:
+def _policy(settings: Training, world: World, **heads: Any) -> Policy:
+    """The policy that the settings name, with the heads that `load_policy` is asked for."""
     from plaudit.loading import load_policy
 
     policy = load_policy(
@@ -69,8 +70,7 @@ def _policy(settings: Training, world: World, value_head: bool = False, action_h
         train_layers=settings.train_layers,
         lora_rank=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
-        value_head=value_head,
-        action_heads=action_heads,
+        **heads,
     )
     return _ready(settings, world, policy)
 
@@ -188,7 +188,8 @@ def _on_policy(settings: OnPolicy, world: World, template: Template, *items: lis
     from plaudit.rewards import load_rewards
     from plaudit.sampler import LocalSampler
 
-    policy = _policy(settings, world, value_head=isinstance(settings, PPO))
+    valued = {"value_head": True, "value_hidden": settings.value_hidden} if isinstance(settings, PPO) else {}
+    policy = _policy(settings, world, **valued)
     if reference := getattr(settings, "reference", ""):
         policy.keep_reference(_policy(replace(settings, model=sources.resolve(reference)), world))
     rewards = load_rewards(

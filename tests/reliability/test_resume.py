@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 
 import examples
 import watched
@@ -193,3 +194,18 @@ def test_a_mistake_before_the_first_step_keeps_nothing(at, tmp_path):
         watched.train(settings)
     assert not (tmp_path / "run" / "config.yaml").exists()
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_s4_21_a_value_head_with_a_hidden_layer_survives_a_break_and_is_trained_further(at, tmp_path):
+    changes = {"value_hidden": 4, "steps": 6, "eval_data": None, "evaluate_every": 0}
+    whole = watched.train(examples.settings("ppo", at, tmp_path / "whole", **changes))
+    names = whole.trainer.algorithm.policy.learning()
+    assert {"value.into.weight", "value.out.weight"} <= names.keys()
+    assert names["value.out.weight"].abs().max() > 0
+    with pytest.raises(Interrupted):
+        watched.train(examples.settings("ppo", at, tmp_path / "run", **changes), signal_after=3)
+    rest = watched.train(examples.settings("ppo", at, tmp_path / "run", **changes))
+    assert rest.digests == {step: digest for step, digest in whole.digests.items() if step > 3}
+    changes["model"] = str(tmp_path / "run" / "final")
+    further = examples.built(examples.settings("ppo", at, tmp_path / "further", **changes)).policy
+    assert torch.equal(further.value.out.weight, names["value.out.weight"])

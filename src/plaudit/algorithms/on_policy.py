@@ -23,9 +23,6 @@ from plaudit.settings.policy_gradient import OnPolicy
 from plaudit.templates import Template
 from plaudit.world import World
 
-SHOWN = 4
-"""Completions of each rollout that are kept for people to read."""
-
 
 @dataclass(frozen=True)
 class Asked:
@@ -243,14 +240,16 @@ class OnPolicyAlgorithm(Algorithm):
         raise NotImplementedError
 
     def show(self, drawn: list[Completion]) -> None:
-        """Keeps a few samples for people to read."""
-        shown = drawn[:SHOWN]
+        """Keeps samples for people to read: a few of the first process's, or all."""
+        shown = drawn[: self.settings.shown or None]
         self.shown = [
             {"prompt": c.asked.record.prompt, "completion": c.text, "score": round(c.score, 4)} for c in shown
         ]
         if getattr(self.settings, "compare_samples", False):
             for row, beside in zip(self.shown, self.of_reference([c.asked for c in shown]), strict=True):
                 row |= beside
+        if not self.settings.shown:
+            self.shown = self.world.gather(self.shown)
 
     def of_reference(self, asked: list[Asked]) -> list[dict[str, Any]]:
         """What the reference answers to these prompts, and the raw reward of that. Nothing that learns is touched."""

@@ -37,6 +37,8 @@ class OnPolicy(Asking, Sampling, ShapedRewards, Training):
     they are (Yu et al. 2025, eq. 13); 0 for none."""
     overlong_penalty: NotNegative = 1.0
     """Reward that a completion as long as the limit loses to `overlong`."""
+    shown: CountOrNone = 4
+    """Completions of each rollout that `samples.jsonl` keeps, with their scores; 0 keeps all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +123,8 @@ class PPO(Reusing):
     """Weight of the value loss."""
     value_learning_rate: NotNegative = 0.0
     """Learning rate of the value head; 0 takes the policy's."""
+    value_hidden: CountOrNone = 0
+    """Hidden layer of the value head, with ReLU, so many times as wide as the model's states; 0 for none."""
     whiten_advantages: bool = True
     """Standardise advantages over the rollout."""
     whiten_rewards: bool = False
