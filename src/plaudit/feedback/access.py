@@ -37,6 +37,10 @@ HEADERS = {
 }
 
 
+SHORTEST_KEY = 16
+"""Characters of the key with which a browser joins."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one person may ask of the server. Bodies in bytes; rates in requests per second, of which `burst` seconds
@@ -120,6 +124,14 @@ class Access:
     def cookie(self, role: str) -> str:
         """The cookie's name: browsers share cookies among all ports of a host, so each study has its own."""
         return f"plaudit-{role}-{self.study}"
+
+    def made(self, name: str, key: str) -> str:
+        """The token of somebody who joins under this name, with a key that nobody else has. Raises Refused (400) for
+        one that could be guessed."""
+        if not SHORTEST_KEY <= len(key) <= 200:
+            raise Refused(400, f"key: has {SHORTEST_KEY} to 200 characters, drawn at random for each person.")
+        said = json.dumps(["plaudit join", key, name]).encode()
+        return hmac.new(self.manager_token.encode(), said, hashlib.sha256).hexdigest()
 
     def forget(self) -> None:
         """Tokens are looked up again, because some have been replaced."""
