@@ -73,10 +73,9 @@ class News:
 
 def positions(db: sqlite3.Connection) -> tuple[int, int]:
     """The numbers of the last event, and of the last right answer that came after its item."""
-    event, gold = (
-        db.execute(f"SELECT coalesce(max(number), 0) FROM {table}").fetchone() for table in ("event", "gold")
-    )
-    return int(event[0]), int(gold[0])
+    query = "SELECT (SELECT coalesce(max(number), 0) FROM event), (SELECT coalesce(max(number), 0) FROM gold)"
+    event, gold = db.execute(query).fetchone()
+    return event, gold
 
 
 def news(db: sqlite3.Connection, after: int) -> News:
