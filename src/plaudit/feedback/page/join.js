@@ -15,7 +15,7 @@ document.getElementById("join").addEventListener("submit", async event => {
     location.replace("/");
   } catch (error) {
     const yours = error.status === 409 ? " If it is yours, ask whoever runs this study for a link of your own." : "";
-    const why = error.status ? error.message + yours : "No connection to the server; try again.";
+    const why = error.status ? error.message.replace(/^name: /, "") + yours : "No connection to the server; try again.";
     document.getElementById("problem").textContent = why;
   }
 });
