@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,8 +159,8 @@ def unasked(
         if len(found) == wanted:
             break
     if passed := drawn - len(found):
-        why = f"{alike} say the same twice, {empty} hold an empty answer, {passed - alike - empty} came before"
-        tell(f"{passed} of {drawn} pairs that were sampled are not asked about: {why}.")
+        counts = {"say the same twice": alike, "hold an empty answer": empty, "came before": passed - alike - empty}
+        tell(f"{passed} of {drawn} pairs that were sampled are not asked about: {reasons(counts)}.")
     return found
 
 
@@ -174,6 +174,11 @@ def _says(candidate: Candidate) -> bool:
     """Whether anything is said: answers that are empty teach nothing, because records leave them out."""
     text = candidate.text
     return bool((text if isinstance(text, str) else text[0]["content"]).strip())
+
+
+def reasons(counts: Mapping[str, int]) -> str:
+    """How often each of the reasons holds that hold at all, in words."""
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
 
 
 def _said(

@@ -275,14 +275,14 @@ class Looping:
         PlauditError without any.
 
         One is `stale` if it is not about the policy that this round improves, which has moved on since."""
+        from plaudit.asking import reasons
         from plaudit.hooks import tell
 
         decided = rows_of(labels, "comparisons")
         rows = decided[-self.settings.latest :]
         if len(rows) < len(labels):
-            cannot, old = len(labels) - len(decided), len(decided) - len(rows)
-            why = f"{cannot} could not compare, {old} are older than the `latest`"
-            tell(f"round {now.number}: {len(rows)} of {len(labels)} answers are learned from; {why}.")
+            left = {"could not compare": len(labels) - len(decided), "came before the `latest`": len(decided) - len(rows)}
+            tell(f"round {now.number}: {len(rows)} of {len(labels)} answers are learned from; {reasons(left)}.")
         if not rows:
             raise PlauditError(
                 f"round {now.number}: all {len(labels)} answers say that the two cannot be compared, which teaches "

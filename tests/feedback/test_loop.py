@@ -287,7 +287,7 @@ def test_b13_b25_the_latest_answers_are_the_latest_that_decide_anything(here, ca
     looped._write(looped.rounds[0], labels)
     assert [row["prompt"] for row in lines(looped.rounds[0].labels)] == ["1", "2", "3", "4"]
     told = " ".join(capsys.readouterr().err.split())
-    assert "4 of 8 answers are learned from; 3 could not compare, 1 are older than the `latest`." in told
+    assert "4 of 8 answers are learned from; 3 could not compare, 1 came before the `latest`." in told
     with pytest.raises(PlauditError, match="all 3 answers say that the two cannot be compared"):
         looped._write(looped.rounds[0], labels[5:])
 
