@@ -281,8 +281,9 @@ class Looping:
         decided = rows_of(labels, "comparisons")
         rows = decided[-self.settings.latest :]
         if len(rows) < len(labels):
-            left = {"could not compare": len(labels) - len(decided), "came before the `latest`": len(decided) - len(rows)}
-            tell(f"round {now.number}: {len(rows)} of {len(labels)} answers are learned from; {reasons(left)}.")
+            cannot, old = len(labels) - len(decided), len(decided) - len(rows)
+            why = reasons({"could not compare": cannot, "came before the `latest`": old})
+            tell(f"round {now.number}: {len(rows)} of {len(labels)} answers are learned from; {why}.")
         if not rows:
             raise PlauditError(
                 f"round {now.number}: all {len(labels)} answers say that the two cannot be compared, which teaches "

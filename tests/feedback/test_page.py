@@ -814,6 +814,7 @@ def test_the_review_page_follows_the_study(own, chromium):
     tab.page.click("#link button")
     sync_api.expect(tab.page.locator("#made")).to_contain_text("/join/")
     assert ann.get("/api/next").status_code == 401
+    tab.see("#void", "Ann’s earlier link is void now.")
     link = tab.page.locator("#made").inner_text()
     assert study.client().get(link).status_code == 303
     tab.context.close()

@@ -135,7 +135,7 @@ class Access:
 
     def forget(self) -> None:
         """Tokens are looked up again, because some have been replaced."""
-        self._known.clear()
+        self._known = {}
 
     async def find(self, token: str) -> tuple[str, str] | None:
         """(name, role) of a token. Raises Refused (429) after too many unknown ones.
@@ -144,13 +144,16 @@ class Access:
         """
         if is_same(token, self.manager_token):
             return "manager", "manager"
-        if token not in self._known:
-            person = await run_in_threadpool(self.who, token) if token else None
-            if person is None:
-                self._fail()
-                return None
-            self._known[token] = person.name, person.role
-        return self._known[token]
+        if token in self._known:
+            return self._known[token]
+        known = self._known
+        person = await run_in_threadpool(self.who, token) if token else None
+        if person is None:
+            self._fail()
+            return None
+        # Where `forget` came meanwhile, this may be void already, and is kept where nobody looks any more.
+        known[token] = person.name, person.role
+        return known[token]
 
     def _fail(self) -> None:
         now = self.clock()

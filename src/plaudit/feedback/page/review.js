@@ -165,8 +165,9 @@ $("link").addEventListener("submit", async event => {
     const renew = Object.hasOwn(look.people || {}, name);
     const { token } = await call("/api/people", { name, renew });
     $("made").textContent = `${location.origin}/join/${token}`;
+    $("void").textContent = renew ? `${name}’s earlier link is void now.` : "";
     refresh();
-  } catch (error) { $("made").textContent = error.message; }
+  } catch (error) { $("made").textContent = error.message; $("void").textContent = ""; }
 });
 
 refresh();
