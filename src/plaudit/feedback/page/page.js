@@ -264,8 +264,7 @@ async function start() {
   } catch (error) {
     if (error.status === 401) { location.reload(); return; }
     $("sending").textContent = "No connection to the server; trying again.";
-    await sleep(POLL);
-    return start();
+    return sleep(POLL).then(start);
   }
   kept = new Kept(`plaudit:${study.study}:${encodeURIComponent(study.person)}:`);
   for (const name of kept.names("draft:")) if (!(kept.get(name)?.at > Date.now() - FORGOTTEN)) kept.remove(name);
