@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,30 @@ from plaudit.errors import PlauditError
 from plaudit.feedback import queries
 from plaudit.feedback.items import MOST, Candidate, Item, Kind
 from plaudit.loading import encodes, load_tokenizer
-from plaudit.records import Prompt, Text
+from plaudit.records import Prompt, Text, left_out
 from plaudit.rewards import load_rewards
 from plaudit.sampler import Sampling
 from plaudit.settings.sampling import Sampling as Drawing
 from plaudit.templates import Template
 from plaudit.world import World
 
+TRIES = 20
+"""How often more answers are sampled where a policy says the same twice, or what was asked before."""
 Answered = tuple[Prompt, list[Candidate]]
 """A prompt, and what was said to it."""
 
 
 def candidates(
-    policies: Sequence[str], prompts: Sequence[Prompt], drawing: Drawing, world: World, **options: Any
+    policies: Sequence[str],
+    prompts: Sequence[Prompt],
+    drawing: Drawing,
+    world: World,
+    *,
+    tell: Callable[[str], None] = lambda sentence: None,
+    **options: Any,
 ) -> list[Item]:
     """What policies say to the same prompts, to be compared or ranked: `questions` of `answers`, which see."""
-    return questions(answers(policies, prompts, drawing, world, **options))
+    return questions(answers(policies, prompts, drawing, world, tell=tell, **options), tell)
 
 
 def answers(
@@ -74,6 +82,19 @@ def answers(
     return [(prompt, texts) for prompt, texts in zip(prompts, said, strict=True) if len(texts) == every]
 
 
+def distinct(
+    names: str | Sequence[str], split: str, tell: Callable[[str], None] = lambda sentence: None
+) -> list[Prompt]:
+    """The prompts in data, each once; `tell` hears what is left out. Raises PlauditError."""
+    loaded = data.load(names, Prompt, split)
+    prompts = list({data.key_of(prompt.prompt): prompt for prompt in loaded.records}.values())
+    for note in left_out(loaded.dropped):
+        tell(note)
+    if again := len(loaded.records) - len(prompts):
+        tell(f"{again} of {len(loaded.records)} prompts are there more than once; each is asked about once.")
+    return prompts
+
+
 def fitting(
     policy: str, prompts: Sequence[Prompt], longest: int, tell: Callable[[str], None] = lambda sentence: None
 ) -> list[Prompt]:
@@ -86,11 +107,12 @@ def fitting(
     return kept
 
 
-def questions(said: Sequence[Answered]) -> list[Item]:
+def questions(said: Sequence[Answered], tell: Callable[[str], None] = lambda sentence: None) -> list[Item]:
     """What can be asked about answers: which of two is better, or in what order several stand. What is said twice to a
     prompt is asked once, and a prompt to which only one thing is said is not asked. All the others are: unless
-    `chosen` picks some of them, chance alone made them, and nothing that was made was left out."""
-    query, items = queries.query("random", 1.0), []
+    `chosen` picks some of them, chance alone made them, and nothing that was made was left out. `tell` hears how much
+    was said twice."""
+    query, items, twice = queries.query("random", 1.0), [], 0
     for prompt, texts in said:
         distinct: dict[str, Candidate] = {}
         for answer in texts:
@@ -98,7 +120,65 @@ def questions(said: Sequence[Answered]) -> list[Item]:
         if len(distinct) > 1:
             kind: Kind = "compare" if len(texts) == 2 else "rank"
             items.append(Item(kind, prompt.prompt, tuple(distinct.values()), query, columns=prompt.columns))
+            twice += len(texts) - len(distinct)
+    if len(items) < len(said):
+        tell(f"{len(said) - len(items)} of {len(said)} prompts are not asked about: all answers to them are the same.")
+    if twice:
+        tell(f"{twice} answers say what another one says to the same prompt; such are shown once.")
     return items
+
+
+def unasked(
+    policy: str,
+    prompts: Sequence[Prompt],
+    wanted: int,
+    drawing: Drawing,
+    world: World,
+    *,
+    before: Sequence[Item],
+    seed: int,
+    advance: Callable[[int], None],
+    tell: Callable[[str], None],
+) -> list[Item]:
+    """So many pairs of one policy's answers, unlike each other and those asked `before`; fewer where it has not so much
+    to say in TRIES attempts. `tell` hears how many others were sampled."""
+    asked = {_question(item) for item in before}
+    found: list[Item] = []
+    drawn = alike = empty = 0
+    order = data.Order(len(prompts), wanted, seed)
+    for attempt in range(TRIES):
+        part = [prompts[place] for place in order[attempt][: wanted - len(found)]]
+        sampled = candidates([policy], part, drawing, world, seed=seed * TRIES + attempt, advance=advance)
+        drawn, alike = drawn + len(part), alike + len(part) - len(sampled)
+        for item in sampled:
+            if not all(map(_says, item.candidates)):
+                empty += 1
+            elif _question(item) not in asked:
+                asked.add(_question(item))
+                found.append(item)
+        if len(found) == wanted:
+            break
+    if passed := drawn - len(found):
+        counts = {"say the same twice": alike, "hold an empty answer": empty, "came before": passed - alike - empty}
+        tell(f"{passed} of {drawn} pairs that were sampled are not asked about: {reasons(counts)}.")
+    return found
+
+
+def _question(item: Item) -> str:
+    """What makes two questions the same: the prompt and the texts, whoever said them."""
+    texts = sorted(json.dumps(candidate.text) for candidate in item.candidates)
+    return json.dumps([item.prompt, texts])
+
+
+def _says(candidate: Candidate) -> bool:
+    """Whether anything is said: answers that are empty teach nothing, because records leave them out."""
+    text = candidate.text
+    return bool((text if isinstance(text, str) else text[0]["content"]).strip())
+
+
+def reasons(counts: Mapping[str, int]) -> str:
+    """How often each of the reasons holds that hold at all, in words."""
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
 
 
 def _said(

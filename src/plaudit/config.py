@@ -277,7 +277,8 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def from_arguments(cls: type[S], argv: Sequence[str], prog: str) -> S:
     """Settings from a command line: defaults, over them the file of `--config FILE`, over that the flags.
 
-    `--learning-rate` and `--learning_rate` are one; a boolean is `--flag`, `--no-flag` or `--flag True`. `--help`
+    `--learning-rate` and `--learning_rate` are one; a boolean is `--flag`, `--no-flag` or `--flag True`; values of a
+    list may come one by one, under the singular of its name: `--policy a --policy b` is `--policies a b`. `--help`
     prints the fields of `cls` and exits with 0. Raises PlauditError for anything that is not understood or allowed.
     """
     words, config = _words(cls, argv, prog)
@@ -308,6 +309,8 @@ def _words(cls: type[DataclassInstance], argv: Sequence[str], prog: str) -> tupl
         if not word.startswith("--"):
             words.append(word)
             continue
+        if name not in known and (several := _list_of(cls, name)):
+            name, flag, word = several, f"--{several}", f"--{several}{equals}{value}"
         if name not in known:
             nearest = _nearest(name, [*names, "config"]).replace("_", "-")
             raise PlauditError(f"{prog}: there is no flag {flag}; {_of_others(name) or f'the nearest is --{nearest}'}.")
@@ -341,6 +344,12 @@ def _gathered(cls: type[DataclassInstance], words: Sequence[str]) -> list[str]:
         else:
             current = groups.setdefault(f"{place} {name}", [word])
     return [word for group in groups.values() for word in group]
+
+
+def _list_of(cls: type[DataclassInstance], one: str) -> str:
+    """The list whose values come one by one, `--policy a --policy b` being `--policies a b`; "" if there is none."""
+    names = (f"{one}s", f"{one.removesuffix('y')}ies")
+    return next((name for name in names if _is_list(_hints(cls).get(name))), "")
 
 
 def _is_list(hint: Any) -> bool:

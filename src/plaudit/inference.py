@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from plaudit import checks, config, data, machine, sources
 from plaudit.encoding import asked_of, shortened
 from plaudit.errors import PlauditError
-from plaudit.recipes import in_files, left_out, opened, say, start_world
-from plaudit.records import Loaded, Prompt
+from plaudit.recipes import in_files, opened, say, start_world
+from plaudit.records import Loaded, Prompt, left_out
 from plaudit.run import Run, write_atomically
 from plaudit.settings import Evaluate, Sample
 
@@ -109,7 +109,7 @@ def _asked(
 
     asked = shortened(settings, asked_of(chosen, template), template)
     asked, notes = data.within(asked, len, settings.max_prompt_tokens, "prompt")
-    for note in (*left_out(loaded), *notes):
+    for note in (*left_out(loaded.dropped), *notes):
         tell(note)
     return asked
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -68,19 +69,18 @@ def _filled(settings: Label, path: Path) -> int:
 def _of_files(settings: Label) -> list[Item]:
     from plaudit.feedback.candidates import read_items
 
-    items = read_items(checks.names_of(settings.data), None if settings.kind == "auto" else settings.kind)
+    kind = None if settings.kind == "auto" else settings.kind
+    items = read_items(checks.names_of(settings.data), kind, lambda note: print(note, file=sys.stderr))
     return items[: settings.limit or None]
 
 
 def _of_policies(settings: Label) -> list[Item]:
     """What the policies say to the prompts."""
-    from plaudit import asking, data, machine, sources
+    from plaudit import asking, machine, sources
     from plaudit.hooks import progress_bar, tell
     from plaudit.recipes import start_world
-    from plaudit.records import Prompt
 
-    loaded = data.load(settings.prompts, Prompt, settings.split).records
-    prompts = list({data.key_of(prompt.prompt): prompt for prompt in loaded}.values())[: settings.limit or None]
+    prompts = asking.distinct(settings.prompts, settings.split, tell)[: settings.limit or None]
     folders = [sources.resolve(folder) for folder in settings.policies]
     bar, task = progress_bar(
         "sample", len(prompts) * (len(folders) if len(folders) > 1 else settings.several), 0, "answers"

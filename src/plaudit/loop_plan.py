@@ -13,7 +13,7 @@ from plaudit.feedback import serving
 from plaudit.feedback.desk import kept
 from plaudit.feedback.items import Item
 from plaudit.feedback.queries import due
-from plaudit.records import Prompt
+from plaudit.records import Prompt, left_out
 from plaudit.settings import VERBS, Reward
 from plaudit.settings.feedback import Annotate, Loop, Queries
 from plaudit.settings.policy_gradient import VPG, OnPolicy
@@ -129,6 +129,8 @@ class Sections:
 def look_ahead(settings: Loop, sections: Sections) -> list[Prompt]:
     """The prompts, and what can be known to be wrong before anything is sampled: afterwards the settings are bound,
     and a mistake that ends the loop would cost people's answers. Raises PlauditError."""
+    from plaudit.hooks import tell
+
     if machine.processes()[1] > 1:
         raise PlauditError("a loop is one process, which people talk to: start it without a launcher.")
     serving.origin_of(settings.address)
@@ -145,7 +147,10 @@ def look_ahead(settings: Loop, sections: Sections) -> list[Prompt]:
         checks.check_rewards(checks.listed(sections.synthetic.rewards))
     if settings.reference == "first" and policy.lora_rank and settings.rounds > 1:
         raise PlauditError("reference: an adapter is held to the policy that its round begins with: take last.")
-    prompts = data.load(settings.prompts, Prompt, settings.split).records
+    loaded = data.load(settings.prompts, Prompt, settings.split)
+    prompts = loaded.records
+    for note in left_out(loaded.dropped):
+        tell(note)
     if settings.target and reward.eval_data is None and len({data.key_of(one.prompt) for one in prompts}) < 2:
         raise PlauditError(
             "target: of a single prompt no answer can be held out to be foreseen: give more prompts, or `eval_data` in "

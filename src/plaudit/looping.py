@@ -15,11 +15,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from plaudit import config, data, machine, sources
+from plaudit import config, machine, sources
 from plaudit.errors import PlauditError
 from plaudit.feedback.desk import Desk, keep, share_of
 from plaudit.feedback.exporting import rows_of
-from plaudit.feedback.items import Candidate, Item, Label
+from plaudit.feedback.items import Item, Label
 from plaudit.loop_plan import FREE, Round, Sections, look_ahead, questions, read
 from plaudit.records import Prompt
 from plaudit.rows import rows as rows_in
@@ -31,8 +31,6 @@ STORE = "answers.sqlite"
 """The store of the whole loop."""
 FEWEST = 8
 """Answers that the first reward model waits for at least, where so many are asked for."""
-TRIES = 20
-"""How often more answers are sampled where the policy says the same twice, or what was asked before."""
 
 
 # -------------------------------------------------------------------------------------------------------- running
@@ -202,32 +200,25 @@ class Looping:
         from plaudit import asking
         from plaudit.hooks import progress_bar, tell
 
-        asked = {_question(item) for item in self._items(now.number - 1)}
-        found: list[Item] = []
+        speaker, drawing = self._speaker(now), self.sections.policy
         # Those that are too long for the policy would otherwise be drawn again, and at last nothing else.
-        prompts = asking.fitting(self._speaker(now), self.prompts, self.sections.policy.max_prompt_tokens, tell)
-        order = data.Order(len(prompts), wanted, self._seed(now))
+        prompts = asking.fitting(speaker, self.prompts, drawing.max_prompt_tokens, tell)
         bar, task = progress_bar("ask", 2 * wanted, unit="answers")
         with bar:
-            for attempt in range(TRIES):
-                missing = wanted - len(found)
-                sampled = asking.candidates(
-                    [self._speaker(now)],
-                    [prompts[place] for place in order[attempt][:missing]],
-                    self.sections.policy,
-                    world,
-                    seed=self._seed(now) * TRIES + attempt,
-                    advance=lambda count: bar.advance(task, count),
-                )
-                for item in sampled:
-                    if _question(item) not in asked and all(map(_says, item.candidates)):
-                        asked.add(_question(item))
-                        found.append(item)
-                if len(found) == wanted:
-                    return found
+            found = asking.unasked(
+                speaker,
+                prompts,
+                wanted,
+                drawing,
+                world,
+                before=self._items(now.number - 1),
+                seed=self._seed(now),
+                advance=lambda count: bar.advance(task, count),
+                tell=lambda note: tell(f"round {now.number}: {note}"),
+            )
         if len(found) < now.questions:
             raise PlauditError(
-                f"round {now.number}: {self._speaker(now)} says the same again and again: of {wanted} questions only "
+                f"round {now.number}: {speaker} says the same again and again: of {wanted} questions only "
                 f"{len(found)} are new. Give more prompts, a higher temperature in `policy`, or fewer labels."
             )
         return found
@@ -284,7 +275,15 @@ class Looping:
         PlauditError without any.
 
         One is `stale` if it is not about the policy that this round improves, which has moved on since."""
-        rows = rows_of(labels, "comparisons")[-self.settings.latest :]
+        from plaudit.asking import reasons
+        from plaudit.hooks import tell
+
+        decided = rows_of(labels, "comparisons")
+        rows = decided[-self.settings.latest :]
+        if len(rows) < len(labels):
+            cannot, old = len(labels) - len(decided), len(decided) - len(rows)
+            why = reasons({"could not compare": cannot, "came before the `latest`": old})
+            tell(f"round {now.number}: {len(rows)} of {len(labels)} answers are learned from; {why}.")
         if not rows:
             raise PlauditError(
                 f"round {now.number}: all {len(labels)} answers say that the two cannot be compared, which teaches "
@@ -383,15 +382,3 @@ class Looping:
         stages: dict[str, Any] = {f"{each.folder.name}/{part}": {} for each in done for part in ("reward", "policy")}
         figures = {name: value for name, value in last.items() if name not in ("step", "asked", "seconds")}
         self.whole.finish({"verb": "loop", "rounds": len(done), **figures, "stages": stages})
-
-
-def _question(item: Item) -> str:
-    """What makes two questions the same: the prompt and the texts, whoever said them."""
-    texts = sorted(json.dumps(candidate.text) for candidate in item.candidates)
-    return json.dumps([item.prompt, texts])
-
-
-def _says(candidate: Candidate) -> bool:
-    """Whether anything is said: answers that are empty teach nothing, because records leave them out."""
-    text = candidate.text
-    return bool((text if isinstance(text, str) else text[0]["content"]).strip())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from plaudit import checks, config, data, machine, memory, sources
 from plaudit.errors import PlauditError
 from plaudit.families import family_of
-from plaudit.records import Demonstration, Loaded
+from plaudit.records import Demonstration, left_out
 from plaudit.run import Run, write_atomically
 from plaudit.settings import SFT, Reward
 from plaudit.settings.common import ByColumn, Common, Following, Machine, Training
@@ -207,11 +207,11 @@ def load_records(settings: Training) -> Data:
     family = family_of(settings)
     kind = family.record(settings)
     loaded = data.load(settings.data, kind, settings.split)
-    training, notes = loaded.records, left_out(loaded)
+    training, notes = loaded.records, left_out(loaded.dropped)
     if settings.eval_data is not None:
         other = data.load(settings.eval_data, kind, settings.split)
         held, name = other.records, "eval_data"
-        notes += left_out(other)
+        notes += left_out(other.dropped)
     else:
         # Before anything is made of them, so that what comes from one record stays on one side.
         (training, held), name = _held_out(training, settings.holdout), ""
@@ -301,13 +301,6 @@ def found_before(folder: Path) -> dict[str, Any]:
     if path.exists() and (folder / "checkpoints").exists():
         found = json.loads(path.read_bytes())
     return found
-
-
-def left_out(loaded: Loaded[Any]) -> list[str]:
-    """A sentence for each reason why rows were left out."""
-    return [
-        f"{len(places)} rows left out: {reason} (the first is {places[0]})" for reason, places in loaded.dropped.items()
-    ]
 
 
 def say(message: str) -> None:

@@ -94,6 +94,11 @@ class Loaded(Generic[R]):
     dropped: dict[str, list[str]]
 
 
+def left_out(dropped: Mapping[str, Sequence[str]]) -> list[str]:
+    """A sentence for each reason why rows were left out, of where they stand."""
+    return [f"{len(at)} rows left out: {reason} (the first is {at[0]})" for reason, at in dropped.items()]
+
+
 # ------------------------------------------------------------------------------------------------ rows to records
 
 _KEYS: dict[type, tuple[str, ...]] = {

@@ -7,12 +7,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from plaudit import checks, config, data, machine, sources, statistics
+from plaudit import checks, config, machine, sources, statistics
 from plaudit.errors import PlauditError
 from plaudit.feedback import serving
 from plaudit.feedback.desk import Desk, keep, kept
 from plaudit.feedback.items import Item, Label
-from plaudit.records import Prompt
 from plaudit.run import Run
 from plaudit.settings import Evaluate
 from plaudit.settings.feedback import Compare
@@ -84,11 +83,10 @@ def _by_people(settings: Compare, names: Sequence[str]) -> Run:
     checks.check_data(settings.data)
     for folder in _folders(settings):
         checks.check_model(folder)
-    prompts = data.load(settings.data, Prompt, settings.split).records
     with Run.open(settings.output, {"verb": "compare", **asdict(settings)}, FREE) as run:
         if not run.finished:
             try:
-                _asked(settings, prompts, run)
+                _asked(settings, run)
             except PlauditError:
                 # The corrected command would be refused for differing from settings that led nowhere.
                 (run.folder / "config.yaml").unlink()
@@ -97,7 +95,7 @@ def _by_people(settings: Compare, names: Sequence[str]) -> Run:
         return run
 
 
-def _asked(settings: Compare, prompts: Sequence[Prompt], run: Run) -> None:
+def _asked(settings: Compare, run: Run) -> None:
     """Samples the pairs that people are to see, once for all."""
     if (run.folder / "ask.jsonl").exists():
         return
@@ -105,13 +103,16 @@ def _asked(settings: Compare, prompts: Sequence[Prompt], run: Run) -> None:
     from plaudit.hooks import progress_bar, tell
     from plaudit.recipes import start_world
 
-    distinct = list({data.key_of(prompt.prompt): prompt for prompt in prompts}.values())[: settings.prompts]
+    distinct = asking.distinct(settings.data, settings.split, tell)
+    prompts = distinct[: settings.prompts]
+    if len(prompts) < len(distinct):
+        tell(f"{len(prompts)} of {len(distinct)} prompts are sampled from, as `prompts` says.")
     folders = [sources.resolve(folder) for folder in _folders(settings)]
-    bar, task = progress_bar("ask", len(distinct) * 2, unit="answers")
+    bar, task = progress_bar("ask", len(prompts) * 2, unit="answers")
     with bar:
         said = asking.answers(
             folders,
-            distinct,
+            prompts,
             settings,
             start_world(settings),
             seed=settings.seed,
@@ -124,7 +125,10 @@ def _asked(settings: Compare, prompts: Sequence[Prompt], run: Run) -> None:
     if not items:
         raise PlauditError(f"{settings.a} and {settings.b} say the same to all {len(said)} prompts: nothing is to ask.")
     # What both say alike is a tie that nobody needs to be asked about.
-    run.log(0, {"alike": len(said) - len(items)})
+    alike = len(said) - len(items)
+    if alike:
+        tell(f"{alike} of {len(said)} prompts are not asked about: both say the same to them, which counts as a tie.")
+    run.log(0, {"alike": alike})
     keep(run.folder / "ask.jsonl", items)
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from http.client import HTTPConnection
 from pathlib import Path
+from types import SimpleNamespace
 
 import anyio
 import httpx
@@ -318,6 +319,20 @@ def test_a_link_that_the_manager_renewed_lives_through_a_restart(tmp_path):
     with site(path, people=("Ann",)) as one:
         assert one.client(token).get("/api/next").status_code == 200
         assert one.links.people["Ann"].endswith(f"/join/{token}")
+
+
+def test_b23_a_token_that_becomes_void_while_it_is_looked_up_is_not_kept():
+    """A request looks its token up; before it goes on, the manager renews that person's link."""
+    known = {"old": SimpleNamespace(name="Ann", role="person")}
+
+    def who(token):
+        found = known.pop(token, None)
+        access.forget()
+        return found
+
+    access = Access(who, "manager", "study")
+    assert anyio.run(access.find, "old") == ("Ann", "person")
+    assert anyio.run(access.find, "old") is None
 
 
 def test_secrets_are_random_private_and_live_through_a_restart(tmp_path):

@@ -135,6 +135,16 @@ def test_the_kind_the_limit_and_the_store_are_as_asked(tmp_path, served):
     assert (served[-1].overlap, served[-1].lease, served[-1].strength) == (3, 9, True)
 
 
+def test_b01_policies_may_be_named_one_by_one():
+    words = ["--policy", "runs/sft/final", "--policy", "runs/ppo/final", "--prompts", "prompts.jsonl"]
+    settings = config.from_arguments(Label, words, "plaudit label")
+    assert (settings.policies, settings.prompts) == (("runs/sft/final", "runs/ppo/final"), "prompts.jsonl")
+    together = ["--policies", "runs/sft/final", "runs/ppo/final", "--prompts", "prompts.jsonl"]
+    assert config.from_arguments(Label, together, "plaudit label") == settings
+    with pytest.raises(PlauditError, match=r"--policies needs a value"):
+        config.from_arguments(Label, ["--policy"], "plaudit label")
+
+
 def test_policies_are_sampled_once_and_their_answers_are_asked_about_blind(tmp_path, served):
     for seed, name in enumerate(("sft", "ppo")):
         tiny.folder(tmp_path / name, seed=seed, chat=False)

@@ -275,7 +275,7 @@ def test_b20_a_round_whose_held_out_answers_prefer_nothing_says_that_the_target_
     assert told.count("no held-out answer prefers anything, so `target` cannot be looked at.") == 2
 
 
-def test_b13_b25_the_latest_answers_are_the_latest_that_decide_anything(here):
+def test_b13_b25_the_latest_answers_are_the_latest_that_decide_anything(here, capsys):
     """Somebody who cannot compare anything in the second round, of which four answers are the latest."""
     looped = looping.Looping(read("loop.yaml", ["latest=4"]), Sections.of(read("loop.yaml")), [], Run(here / "run", -1))
     said = [Candidate(text, {"model": "model"}) for text in ("a", "b")]
@@ -286,6 +286,8 @@ def test_b13_b25_the_latest_answers_are_the_latest_that_decide_anything(here):
     ]
     looped._write(looped.rounds[0], labels)
     assert [row["prompt"] for row in lines(looped.rounds[0].labels)] == ["1", "2", "3", "4"]
+    told = " ".join(capsys.readouterr().err.split())
+    assert "4 of 8 answers are learned from; 3 could not compare, 1 came before the `latest`." in told
     with pytest.raises(PlauditError, match="all 3 answers say that the two cannot be compared"):
         looped._write(looped.rounds[0], labels[5:])
 

@@ -388,6 +388,7 @@ def test_several_files_are_one_flag():
 def test_a_list_may_be_given_in_parts(words):
     assert arguments("--model", "m", *words).data == ("a", "b", "c")
     assert arguments(*GIVEN, "--weights", "1", "--weights", "2.5").weights == (1.0, 2.5)
+    assert arguments(*GIVEN, "--weight", "1", "--weight=2.5", "--weights", "3").weights == (1.0, 2.5, 3.0)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,10 @@ HEADERS = {
 }
 
 
+SHORTEST_KEY = 16
+"""Characters of the key with which a browser joins."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one person may ask of the server. Bodies in bytes; rates in requests per second, of which `burst` seconds
@@ -121,9 +125,17 @@ class Access:
         """The cookie's name: browsers share cookies among all ports of a host, so each study has its own."""
         return f"plaudit-{role}-{self.study}"
 
+    def made(self, name: str, key: str) -> str:
+        """The token of somebody who joins under this name, with a key that nobody else has. Raises Refused (400) for
+        one that could be guessed."""
+        if not SHORTEST_KEY <= len(key) <= 200:
+            raise Refused(400, f"key: has {SHORTEST_KEY} to 200 characters, drawn at random for each person.")
+        said = json.dumps(["plaudit join", key, name]).encode()
+        return hmac.new(self.manager_token.encode(), said, hashlib.sha256).hexdigest()
+
     def forget(self) -> None:
         """Tokens are looked up again, because some have been replaced."""
-        self._known.clear()
+        self._known = {}
 
     async def find(self, token: str) -> tuple[str, str] | None:
         """(name, role) of a token. Raises Refused (429) after too many unknown ones.
@@ -132,13 +144,16 @@ class Access:
         """
         if is_same(token, self.manager_token):
             return "manager", "manager"
-        if token not in self._known:
-            person = await run_in_threadpool(self.who, token) if token else None
-            if person is None:
-                self._fail()
-                return None
-            self._known[token] = person.name, person.role
-        return self._known[token]
+        if token in self._known:
+            return self._known[token]
+        known = self._known
+        person = await run_in_threadpool(self.who, token) if token else None
+        if person is None:
+            self._fail()
+            return None
+        # Where `forget` came meanwhile, this may be void already, and is kept where nobody looks any more.
+        known[token] = person.name, person.role
+        return known[token]
 
     def _fail(self) -> None:
         now = self.clock()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -11,15 +11,25 @@ from typing import Any, TypeVar
 from plaudit.errors import PlauditError
 from plaudit.feedback.forms import check_answer, dumped, item_from_json
 from plaudit.feedback.items import MOST, Answer, Candidate, Item, Kind, check_item
-from plaudit.records import Comparison, Ranking, Rating, parse, ranks_of
+from plaudit.records import Comparison, Ranking, Rating, left_out, parse, ranks_of
 from plaudit.rows import Row, Text, kind_of, named, rows
 
 SOURCES = ("models", "sources", "model", "source")
 _OWN = ("prompt", "completions", "completion", *SOURCES, "gold", "query")
 R = TypeVar("R", Comparison, Ranking, Rating)
+Located = list[tuple[str, Item]]
+"""Items, each with where the row stands that it comes from, or the first of its rows."""
+Dropped = dict[str, list[str]]
+"""Where the rows stand that ask nothing, by the reason."""
+_SAME, _TWICE = "all its candidates are the same", "an earlier row asks the same"
+_ALONE = "no other completion of the same prompt is left to judge it beside"
 
 
-def read_items(paths: str | Path | Sequence[str | Path], kind: Kind | None = None) -> list[Item]:
+def read_items(
+    paths: str | Path | Sequence[str | Path],
+    kind: Kind | None = None,
+    tell: Callable[[str], None] = lambda sentence: None,
+) -> list[Item]:
     """The items in one or several JSON-lines files of candidates.
 
     A row holds `completions` (two are to be compared, more ranked, one rated), or `chosen` and `rejected` (both become
@@ -28,17 +38,19 @@ def read_items(paths: str | Path | Sequence[str | Path], kind: Kind | None = Non
     each file in turn. `models` (or `sources`) name where each comes from; by default, of several files, the file.
     `gold` makes an item that checks who answers: "A > B = C" in the order of the row, a number to be rated, or true
     where `chosen` is right. A row of an item's own form (`kind`, `candidates`) is taken as it is. Items whose
-    candidates are all the same are left out. Raises PlauditError, naming file, line and column.
+    candidates are all the same, that were asked before, or that want for a second candidate are left out, and `tell`
+    hears how many. Raises PlauditError, naming file, line and column.
     """
     files = [paths] if isinstance(paths, str | Path) else list(paths)
-    items: list[Item] = []
+    items: Located = []
+    dropped: Dropped = {}
     pairs: dict[str, Row] = {}
     single: list[list[Row]] = [[] for _ in files]
     for file, found in zip(files, single, strict=True):
         for where, values in rows(file):
             row = Row(where, values, _OWN)
             if row.has("candidates"):
-                items.append(item_from_json(values, where))
+                items.append((where, item_from_json(values, where)))
             elif row.has("completions"):
                 items += _items_of(row, kind)
             elif row.has("chosen", "rejected"):
@@ -47,7 +59,7 @@ def read_items(paths: str | Path | Sequence[str | Path], kind: Kind | None = Non
                 found.append(row)
             else:
                 raise _nothing(row)
-    items += _of_pairs(pairs, kind)
+    items += _of_pairs(pairs, kind, dropped)
     if kind == "rate" or (kind is None and len(files) == 1):
         items += [
             one
@@ -55,10 +67,28 @@ def read_items(paths: str | Path | Sequence[str | Path], kind: Kind | None = Non
             for one in _asked(row, "rate", row.prompt(), [row.text("completion")], row.columns())
         ]
     else:
-        items += _together(dict(zip(_names(files), single, strict=True)), kind or "compare")
-    kept = [item for item in items if item.kind == "rate" or _differ(item)]
+        items += _together(dict(zip(_names(files), single, strict=True)), kind or "compare", dropped)
+    kept = _distinct(items, dropped)
     if not kept:
-        raise PlauditError(f"{files[0]}: holds nothing to judge: no two candidates for one prompt that differ.")
+        why = "; ".join(["no two candidates for one prompt that differ", *left_out(dropped)])
+        raise PlauditError(f"{files[0]}: holds nothing to judge: {why}.")
+    for note in left_out(dropped):
+        tell(note)
+    return kept
+
+
+def _distinct(items: Located, dropped: Dropped) -> list[Item]:
+    """The items that ask something, each once."""
+    kept: list[Item] = []
+    seen: set[str] = set()
+    for where, item in items:
+        if item.kind != "rate" and not _differ(item):
+            dropped.setdefault(_SAME, []).append(where)
+        elif item.id in seen and item.gold is None:  # with one, the store looks whether it says the same
+            dropped.setdefault(_TWICE, []).append(where)
+        else:
+            kept.append(item)
+            seen.add(item.id)
     return kept
 
 
@@ -71,7 +101,7 @@ def _differ(item: Item) -> bool:
     return any(candidate.text != item.candidates[0].text for candidate in item.candidates)
 
 
-def _items_of(row: Row, kind: Kind | None) -> list[Item]:
+def _items_of(row: Row, kind: Kind | None) -> Located:
     """The items of a row with `completions`."""
     values = row.values.get("completions")
     if not isinstance(values, list) or not 1 <= len(values) <= MOST:
@@ -80,12 +110,12 @@ def _items_of(row: Row, kind: Kind | None) -> list[Item]:
     return _asked(row, kind, row.prompt(), texts, row.columns())
 
 
-def _asked(row: Row, kind: Kind | None, prompt: Text, texts: list[Text], columns: Mapping[str, Any]) -> list[Item]:
+def _asked(row: Row, kind: Kind | None, prompt: Text, texts: list[Text], columns: Mapping[str, Any]) -> Located:
     """One item of all texts, or one of each if they are to be rated."""
     found = [Candidate(text, source) for text, source in zip(texts, sources_of(row, len(texts)), strict=True)]
     kind = kind or ("rate", "compare", "rank")[min(len(texts), 3) - 1]
     groups = [(one,) for one in found] if kind == "rate" else [tuple(found)]
-    return [_checked(row, Item(kind, prompt, group, _query(row), None, columns)) for group in groups]
+    return [(row.where, _checked(row, Item(kind, prompt, group, _query(row), None, columns))) for group in groups]
 
 
 def located(
@@ -102,13 +132,17 @@ def located(
     return found, loaded.dropped
 
 
-def _of_pairs(pairs: Mapping[str, Row], kind: Kind | None) -> list[Item]:
+def _of_pairs(pairs: Mapping[str, Row], kind: Kind | None, dropped: Dropped) -> Located:
     """The items of rows with `chosen` and `rejected`, by where they stand."""
-    items = []
+    items: Located = []
+    if not pairs:
+        return items
     kept = (
         (where, {name: row.values[name] for name in row.values if name not in _OWN[1:]}) for where, row in pairs.items()
     )
-    for where, pair in located(kept, Comparison)[0] if pairs else []:
+    found, left = located(kept, Comparison)
+    dropped |= left
+    for where, pair in found:
         items += _asked(pairs[where], kind, pair.prompt, [pair.chosen, pair.rejected], pair.columns)
     return items
 
@@ -119,7 +153,7 @@ def _names(files: Sequence[str | Path]) -> list[str]:
     return short if len(set(short)) == len(short) else list(map(str, files))
 
 
-def _together(files: Mapping[str, Sequence[Row]], kind: Kind) -> list[Item]:
+def _together(files: Mapping[str, Sequence[Row]], kind: Kind, dropped: Dropped) -> Located:
     """Single completions of the same prompt, as pairs or in lists of at most nine: one from each file in turn."""
     prompts: dict[str, list[list[tuple[Row, Candidate]]]] = {}
     for number, (file, found) in enumerate(files.items()):
@@ -129,13 +163,18 @@ def _together(files: Mapping[str, Sequence[Row]], kind: Kind) -> list[Item]:
             if not source and len(files) > 1:
                 source = {"model": file}
             same[number].append((row, Candidate(row.text("completion"), source)))
-    items = []
+    items: Located = []
     for lists in prompts.values():
         in_turn = [one for turn in zip_longest(*lists) for one in turn if one is not None]
         for part in _chunks(in_turn, 2 if kind == "compare" else MOST):
             first, candidates = part[0][0], tuple(candidate for _, candidate in part)
+            if len(part) == 1:
+                dropped.setdefault(_ALONE, []).append(first.where)
+                continue
             columns = _shared([row.columns() for row, _ in part])
-            items.append(_checked(first, Item(kind, first.prompt(), candidates, _query(first), None, columns)))
+            items.append(
+                (first.where, _checked(first, Item(kind, first.prompt(), candidates, _query(first), None, columns)))
+            )
     return items
 
 
@@ -148,11 +187,9 @@ def _shared(columns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _chunks(found: list[tuple[Row, Candidate]], size: int) -> Iterator[list[tuple[Row, Candidate]]]:
-    """Parts of `size`; what is left over is a part of its own if two are left."""
+    """Parts of `size`, and what is left over."""
     for start in range(0, len(found), size):
-        part = found[start : start + size]
-        if len(part) > 1:
-            yield part
+        yield found[start : start + size]
 
 
 def _checked(row: Row, item: Item) -> Item:

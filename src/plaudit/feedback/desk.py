@@ -15,6 +15,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 from plaudit.errors import PlauditError
 from plaudit.feedback import serving
+from plaudit.feedback.following import Following
 from plaudit.feedback.forms import item_from_json, item_to_json
 from plaudit.feedback.items import Item, Label
 from plaudit.feedback.schema import lock_of
@@ -40,7 +41,7 @@ class Desk:
 
     def __init__(self, served: serving.Served, store: Store) -> None:
         self.join, self.people, self.url = served.join_url, served.people, served.url
-        self._served, self._store = served, store
+        self._served, self._following = served, Following(store)
         # What is on this machine is not asked for through a proxy.
         self._opener = build_opener(ProxyHandler({}))
 
@@ -85,7 +86,7 @@ class Desk:
         """The answers to these questions, in the order of the questions and then of the names, whoever came first:
         the same answers are the same list. Repeats are left out."""
         places = {item.id: place for place, item in enumerate(items)}
-        found = [label for label in self._store.labels() if label.item.id in places and not label.repeat]
+        found = [label for label in self._following.labels() if label.item.id in places and not label.repeat]
         return sorted(found, key=lambda label: (places[label.item.id], label.person))
 
     def wait(
@@ -95,7 +96,7 @@ class Desk:
         raise what makes waiting useless. Raises PlauditError if the server ends meanwhile."""
         seen = ""
         while True:
-            if (version := self._store.version) != seen:
+            if (version := self._following.version) != seen:
                 seen, labels = version, self.labels(items)
                 told(len(labels))
                 if len(labels) >= needed:

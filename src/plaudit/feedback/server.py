@@ -27,6 +27,7 @@ from plaudit.errors import PlauditError
 from plaudit.feedback import views
 from plaudit.feedback.access import Access, Guard, Session, is_same, read_json
 from plaudit.feedback.assigning import Assignment, Rules
+from plaudit.feedback.following import Following
 from plaudit.feedback.forms import item_from_json
 from plaudit.feedback.items import read_answer
 from plaudit.feedback.refusals import HANDLERS, Refused
@@ -48,8 +49,9 @@ LARGEST = 10**15 - 1
 """The largest priority; SQLite holds a few digits more."""
 RATE_EVERY = 60.0
 """Seconds after which a page is told anew how fast people answer, though nothing was written."""
-AGREEMENT_EVERY = 10.0
-"""Seconds for which figures of agreement are kept, because they cost more than everything else here."""
+RESTING = 9.0
+"""So many times as long as it took to work out the figures of agreement they are kept, whatever was answered meanwhile:
+they cost more than everything else here, and people who answer should not wait for them."""
 
 R = TypeVar("R")
 Handler = Callable[[Request], Awaitable[Response]]
@@ -85,8 +87,9 @@ class Desk:
     def __init__(self, store: Store, study: Study, access: Access, renewed: Callable[[str, str], None]) -> None:
         self.store, self.study, self.access, self.renewed = store, study, access, renewed
         self.files = _pages()
-        self.figures: tuple[float, str, dict[str, Any]] = 0.0, "", {}
-        self.figuring = threading.Lock()
+        self.following = Following(store)
+        self.figures: tuple[str, dict[str, Any]] = "", {}
+        self.figuring, self.rested = threading.Lock(), 0.0
         # One works while the other waits for the disk. More would only stand before the store's lock, which they get
         # in any order, so that some people would wait three times as long as others.
         self._worker = ThreadPoolExecutor(2, "store")
@@ -185,7 +188,10 @@ class Desk:
             raise Refused(404, "This link is not known here; ask for another one.")
         self.access.enrol()
         body = await read_json(request, self.access.limits.body)
-        token = await self._do(self.store.join, _text(body, "name"))
+        name, key = _text(body, "name"), _text({"key": "", **body}, "key")
+        # A browser that did not hear that it was let in asks again with its key, and gets the same token.
+        made = self.access.made(name, key) if key else ""
+        token = await self._do(lambda: self.store.join(name, token=made))
         response = JSONResponse({"ok": True})
         self.access.admit(request, response, token, "person")
         return response
@@ -346,20 +352,20 @@ class Desk:
         return JSONResponse(await self._do(look))
 
     async def agreement(self, request: Request) -> Response:
-        """Figures of agreement, not older than a few seconds."""
+        """Figures of agreement: worked out when an answer was given or taken back, after a rest."""
         await self.access.session(request, "manager")
 
         def figure() -> dict[str, Any]:
             with self.figuring:  # whoever asks meanwhile waits for the same figures
-                at, version, found = self.figures
-                old = version != self.store.version and time.monotonic() - at > AGREEMENT_EVERY
-                if old or not version:
+                began, version = time.monotonic(), self.following.version
+                if version != self.figures[0] and began >= self.rested:
                     # scipy and krippendorff take a second to load, which the pages of people should not wait for.
                     from plaudit.feedback.agreement import summary
 
-                    version, found = self.store.version, summary(self.store.labels())
-                    self.figures = time.monotonic(), version, found
-                return found
+                    self.figures = version, summary(self.following.labels())
+                    now = time.monotonic()
+                    self.rested = now + RESTING * (now - began)
+                return self.figures[1]
 
         return JSONResponse(await run_in_threadpool(figure))
 

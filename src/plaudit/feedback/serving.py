@@ -325,7 +325,7 @@ def _child(text: str) -> int:
 
 def announce(links: Links, store: str, items: int, browser: bool) -> None:
     """Tells the terminal where to go; opens the page there if that was asked for and somebody sits before it."""
-    print(f"{items} questions in {store}. Open a link to answer:\n")
+    print(f"{items} question{'s' * (items != 1)} in {store}. Open a link to answer:\n")
     width = max([len(name) for name in links.people], default=0) + 2
     for name, link in links.people.items():
         print(f"  {name:<{width}}{link}")

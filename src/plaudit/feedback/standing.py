@@ -61,6 +61,30 @@ def labels(db: sqlite3.Connection, after: int) -> list[Label]:
     return [_label(row, items) for row in rows]
 
 
+@dataclass(frozen=True, slots=True)
+class News:
+    """Since an event: the answers given that stand, the ids of all that were undone, and the `positions` now."""
+
+    labels: list[Label]
+    undone: list[str]
+    position: int
+    gold: int
+
+
+def positions(db: sqlite3.Connection) -> tuple[int, int]:
+    """The numbers of the last event, and of the last right answer that came after its item."""
+    query = "SELECT (SELECT coalesce(max(number), 0) FROM event), (SELECT coalesce(max(number), 0) FROM gold)"
+    event, gold = db.execute(query).fetchone()
+    return event, gold
+
+
+def news(db: sqlite3.Connection, after: int) -> News:
+    """What has become of the answers since an event."""
+    query = "SELECT given.id FROM event AS undo JOIN event AS given ON given.number = undo.undoes WHERE undo.number > ?"
+    undone = [name for (name,) in db.execute(query, (after,))]
+    return News(labels(db, after), undone, *positions(db))
+
+
 _NEWEST = "SELECT answered FROM assignment WHERE answered IS NOT NULL ORDER BY answered DESC LIMIT ? OFFSET ?"
 
 

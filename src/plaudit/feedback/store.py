@@ -93,9 +93,13 @@ class Store:
     @property
     def position(self) -> int:
         """The number of the last event, for `labels(after=)`."""
+        return self.positions[0]
+
+    @property
+    def positions(self) -> tuple[int, int]:
+        """The numbers of the last event, and of the last right answer that came after its item."""
         with self._lock:
-            (number,) = self._db.execute("SELECT coalesce(max(number), 0) FROM event").fetchone()
-            return int(number)
+            return standing.positions(self._db)
 
     # -------------------------------------------------------------------------------------------- the study
 
@@ -141,18 +145,21 @@ class Store:
 
     # -------------------------------------------------------------------------------------------- people
 
-    def join(self, name: str, *, role: Role = "person") -> str:
+    def join(self, name: str, *, role: Role = "person", token: str = "") -> str:
         """Makes a person and returns the secret token that proves to be them; only its SHA-256 is kept.
 
-        Raises PlauditError if the name is taken, empty, over 80 characters, or holds control characters.
+        With a `token` that the caller made, the same call again finds the same person. Raises PlauditError if the name
+        is taken, empty, over 80 characters, or holds control characters.
         """
         name = checked_name(name)
-        token = secrets.token_urlsafe(24)
+        own = token or secrets.token_urlsafe(24)
         with self._change() as db:
-            if db.execute("SELECT 1 FROM person WHERE name = ?", (name,)).fetchone():
+            found = db.execute("SELECT token FROM person WHERE name = ?", (name,)).fetchone()
+            if found is None:
+                db.execute("INSERT INTO person (name, role, token) VALUES (?, ?, ?)", (name, role, _hashed(own)))
+            elif not token or found[0] != _hashed(token):
                 raise Conflict(f"name: {name!r} is taken; choose another.")
-            db.execute("INSERT INTO person (name, role, token) VALUES (?, ?, ?)", (name, role, _hashed(token)))
-        return token
+        return own
 
     def renew(self, name: str) -> str:
         """A new token for a person who is known; the old one is void. Raises PlauditError for an unknown name."""
@@ -253,6 +260,11 @@ class Store:
         is named."""
         with self._lock:
             return standing.labels(self._db, after)
+
+    def news(self, after: int) -> standing.News:
+        """What has become of the answers since an earlier `position`."""
+        with self._look() as db:
+            return standing.news(db, after)
 
     def newest(self, count: int, skip: int = 0) -> list[Label]:
         """Up to `count` of the answers that stand, the newest first, after the `skip` newest; no others are read."""

@@ -71,7 +71,7 @@ function show() {
   $("prompt").replaceChildren(...turns(task.prompt));
   $("prompt").hidden = task.prompt.length === 0;
   $("question").textContent = QUESTIONS[task.kind];
-  $("answers").className = task.kind;
+  $("task").className = $("answers").className = task.kind;
   $("answers").dataset.count = task.count;
   $("answers").replaceChildren(...task.answers.map(card));
   $("choices").className = task.kind === "rate" && !thumbs() ? "rate scale" : task.kind;
@@ -88,6 +88,7 @@ function show() {
   })));
   paint();
   window.scrollTo(0, 0);
+  $("prompt").scrollTop = $("prompt").children.length > 1 ? $("prompt").lastChild.offsetTop : 0;  // what is answered
   (task.kind === "rank" ? $("answers").firstChild : $("question")).focus({ preventScroll: true });
 }
 
@@ -263,8 +264,7 @@ async function start() {
   } catch (error) {
     if (error.status === 401) { location.reload(); return; }
     $("sending").textContent = "No connection to the server; trying again.";
-    await sleep(POLL);
-    return start();
+    return sleep(POLL).then(start);
   }
   kept = new Kept(`plaudit:${study.study}:${encodeURIComponent(study.person)}:`);
   for (const name of kept.names("draft:")) if (!(kept.get(name)?.at > Date.now() - FORGOTTEN)) kept.remove(name);
@@ -276,7 +276,7 @@ async function start() {
   document.title = $("title").textContent = study.title;
   $("person").textContent = study.person;
   $("instructions").textContent = study.instructions;
-  $("strength").append(make("span", {}, "How much better?"), ...STRENGTHS.map((label, index) =>
+  $("strength").append(make("span", {}, "If you like, first: how much better?"), ...STRENGTHS.map((label, index) =>
     button("", label, `⇧${index + 1}`, `Shift+${index + 1}`, () => strengthen(index + 1))));
   for (const name of ["note", "rewrite"]) {
     $(name).addEventListener("input", () => decide({ [name]: $(name).value }));

@@ -33,7 +33,7 @@ function paintPeople() {
     const own = known[name] || {};
     const seconds = own.seconds && own.seconds.median !== null ? `${own.seconds.median.toFixed(1)} s` : "–";
     const values = { answers, skipped: look.skipped[name] || 0, seconds };
-    return make("tr", {}, make("th", { scope: "row", dir: "auto" }, name),
+    return make("tr", {}, make("th", { scope: "row", dir: "auto", title: name }, name),
       ...PEOPLE.map(([key]) => cell("td", String(values[key] ?? percent(own[key])))));
   }));
 }
@@ -77,7 +77,7 @@ function labelRow(label, name) {
     at ? `${at.toLocaleString()} · ${(label.ms / 1000).toFixed(1)} s` : "time unknown");
   const short = typeof label.prompt === "string" ? label.prompt : label.prompt.map(turn => turn.content).join(" ");
   const details = make("details", { "data-name": name }, make("summary", {},
-    make("b", { dir: "auto" }, label.person), make("span", { class: "verdict" }, words(label)),
+    make("b", { dir: "auto", title: label.person }, label.person), make("span", { class: "verdict" }, words(label)),
     make("span", { class: "start", dir: "auto" }, short.slice(0, 160)),
     make("span", { class: "flags" }, ...flags.map(flag => make("i", {}, flag))), when));
   details.addEventListener("toggle", () => {
@@ -165,8 +165,9 @@ $("link").addEventListener("submit", async event => {
     const renew = Object.hasOwn(look.people || {}, name);
     const { token } = await call("/api/people", { name, renew });
     $("made").textContent = `${location.origin}/join/${token}`;
+    $("void").textContent = renew ? `${name}’s earlier link is void now.` : "";
     refresh();
-  } catch (error) { $("made").textContent = error.message; }
+  } catch (error) { $("made").textContent = error.message; $("void").textContent = ""; }
 });
 
 refresh();
