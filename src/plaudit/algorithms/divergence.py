@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from plaudit.errors import PlauditError
 from plaudit.numerics import at_actions
 from plaudit.policy import Policy
 from plaudit.world import World
@@ -17,6 +18,8 @@ def exact_divergence(
     policy: Policy, world: World, own: Tensor | None, reference: Tensor | None, actions: Tensor
 ) -> Tensor:
     """(B, T) KL(policy || reference) in nats at each action, from the states (B, T, d) that both chose it from."""
+    if world.sharded:
+        raise PlauditError("kl_term: the head of a sharded model is spread over processes: take another than full.")
     assert own is not None
     assert reference is not None
     found = []
