@@ -12,7 +12,7 @@ from plaudit import machine
 from plaudit.batch import Batch
 from plaudit.budget import ran_out
 from plaudit.data import Order
-from plaudit.errors import PlauditError
+from plaudit.errors import PlauditError, SharedError
 from plaudit.policy import Output, Policy
 from plaudit.world import World
 
@@ -125,13 +125,13 @@ class Algorithm:
 
         Where every pass is an exchange, all processes must call this, and get as many passes as the one that needs
         most: those that this one lacks repeat its shortest group and have no places, and what they give is to be left
-        out. Raises PlauditError if a process has no rows at all."""
+        out. Raises SharedError on all processes if one has no rows at all."""
         parts: list[tuple[Batch, Tensor | None]] = [*self.policy.parts(batch, self.tokens_per_pass)]
         if not self.world.lockstep:
             return parts
         most, empty = self.world.maximum(torch.tensor([len(parts), not parts])).tolist()
         if empty:
-            raise PlauditError(
+            raise SharedError(
                 f"batch_size: one of {self.world.size} processes has no rows of a batch, and sharded models need some "
                 "on each: raise batch_size, or start fewer processes."
             )
