@@ -23,7 +23,8 @@ def is_sharded(tensor: Any) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor."""
-    found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    spread: Any = tensor
+    found: Tensor = spread.full_tensor() if is_sharded(tensor) else tensor
     return found
 
 
@@ -78,7 +79,8 @@ def _copied(module: Any, copies: dict[int, Any]) -> Any:
     kind = type(module)
     sharded = isinstance(module, FSDPModule)
     # `fully_shard` makes a class of two: its own, and that of the module.
-    copy = copies[id(module)] = object.__new__(kind.__bases__[1] if sharded else kind)
+    copy: Any = object.__new__(kind.__bases__[1] if sharded else kind)
+    copies[id(module)] = copy
     # PyTorch's notes on a sharded module stay with it, as does a forward that somebody wrapped, which is bound to it.
     own = {
         name: _rebound(value, copies)
