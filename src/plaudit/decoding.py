@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from plaudit.fused import FusedLayer, Product, adapters_of, fusable
+from plaudit.sharding import assembled
 
 BLOCK = 256
 """Vocabulary entries per block of the draw: about the square root of a usual vocabulary, so both searches are short."""
@@ -168,7 +169,8 @@ class Shadow:
     replaced by packed ones (where that is faster), layers of the Llama shape by fused ones (on the CPU), and
     parameters are cast when `dtype` asks for it. LoRA adapters are merged on the way where layers are replaced.
     `module` is the copy, until the next refresh. After the weights of `source` have changed, `refresh` brings it up to
-    date.
+    date. If `source` is spread over processes, each of them gathers all weights there: they must refresh together, and
+    then compute alone.
     """
 
     def __init__(self, source: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -185,7 +187,7 @@ class Shadow:
         self._previous, self._made = self._made, {}
         self._marks: dict[int, tuple[int, ...] | None] = {}
         self._copies: dict[int, nn.Module] = {}
-        self.module = self._copy(self.source)
+        self.module = self._copy(assembled(self.source))
         self._previous, self._marks, self._copies = {}, {}, {}
 
     def release(self) -> None:

@@ -211,6 +211,8 @@ def _on_policy(settings: OnPolicy, world: World, template: Template, *items: lis
 def _ilql(settings: ILQL, world: World, template: Template, *items: list[Any]) -> Algorithm:
     from plaudit.algorithms.ilql import ImplicitLanguageQLearning, normalised
 
+    if world.shards:
+        raise PlauditError("ilql: its heads cannot be spread over processes: launch it without FSDP, as plain copies.")
     policy = _policy(settings, world, action_heads=True)
     _check_readable(settings, policy, _lengths(policy, items[0] + items[1]))
     logged = normalised(*items) if settings.reward_normalise else items

@@ -34,6 +34,7 @@ from plaudit.heads import ActionHeads, Perceptron
 from plaudit.layers import lean
 from plaudit.layout import Layout, arrange, computed, padded, side_by_side
 from plaudit.numerics import at_actions, before_actions, likeliest, logprobs_of, token_logprobs
+from plaudit.sharding import assembled, whole
 
 
 class Output(NamedTuple):
@@ -78,6 +79,7 @@ class Policy(nn.Module):
         self.wide_reference = False
         self.frozen = 0
         self.config = backbone.config
+        self._no_split_modules = getattr(backbone, "_no_split_modules", None)  # where accelerate looks for layers
         self.width: int = self.config.get_text_config().hidden_size
         self.rearranges = takes_masks(backbone)
         self.blocks = takes_blocks(backbone)
@@ -110,6 +112,15 @@ class Policy(nn.Module):
     def learning(self) -> dict[str, nn.Parameter]:
         """The parameters that learn, by name: what the optimizer moves and a checkpoint keeps."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def whole(self) -> Policy:
+        """This policy with all weights, where they are spread over processes, all of which must call this; else
+        itself."""
+        copies: dict[int, Any] = {}
+        copy = assembled(self, copies)
+        if copy is not self:
+            copy._adapter = [self.adapter and assembled(self.adapter, copies)]
+        return copy
 
     # ------------------------------------------------------------------------------------------------- forward
 
@@ -336,7 +347,7 @@ class Policy(nn.Module):
         """The reference becomes (1 - share) times itself plus share times this policy."""
         own = self._kept_of_reference()
         for theirs, mine in zip(self.reference.parameters(), own.parameters(), strict=True):
-            theirs.copy_(torch.lerp(theirs.to(mine.dtype), mine, share))
+            theirs.copy_(torch.lerp(theirs.to(mine.dtype), whole(mine), share))
 
     @property
     def reference(self) -> nn.Module:

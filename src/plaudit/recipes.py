@@ -127,8 +127,9 @@ def _fit(settings: Training, loaded: Data, run: Run, world: World | None) -> Non
 
     def finish() -> None:
         algorithm.finish()
+        policy = algorithm.policy.whole()
         if world.is_main:
-            save_pretrained(algorithm.policy, template.tokenizer, run.final)
+            save_pretrained(policy, template.tokenizer, run.final)
             run.finish(
                 {
                     "verb": named,

@@ -22,6 +22,7 @@ from plaudit.batch import Batch
 from plaudit.errors import PlauditError, SharedError
 from plaudit.run import Run
 from plaudit.settings.common import Training
+from plaudit.sharding import gathered, part_like, spread_moments
 from plaudit.watching import Watch, higher_is_better
 from plaudit.world import World
 
@@ -216,12 +217,14 @@ class Trainer:
         units = self.world.sum(algorithm.weight(batch))
         total = units.clamp(min=1e-12)
         sums: dict[str, Tensor] = {}
-        parts = list(algorithm.policy.parts(batch, algorithm.tokens_per_pass))
-        for number, (part, _) in enumerate(parts, 1):
+        parts = algorithm.passes(batch)
+        for number, (part, places) in enumerate(parts, 1):
             with self.world.synchronised(algorithm.model, number == len(parts)):
                 with self.world.autocast():
                     loss, stats = algorithm.loss(part)
-                self.world.backward(loss / total)
+                self.world.backward(loss * 0 if places is None else loss / total)
+            if places is None:
+                continue
             for name, value in {"loss": loss.detach(), **stats}.items():
                 sums[name] = sums[name] + value.double() if name in sums else value.double()
         names = sorted(sums)
@@ -308,10 +311,10 @@ class Trainer:
         """A checkpoint of the last finished step."""
         owed = {"figures": self.figures, "shown": self.algorithm.shown} if self.owed else None
         everywhere = self.world.gather([self._kept | {"owed": owed, "watch": asdict(self.watch)}])
+        learning = {name: p.detach() for name, p in self._learning.items()}
+        tree = gathered({"policy": learning, "optimizer": self.optimizer.state_dict()}, keep=self.world.is_main)
         if self.world.is_main:
-            learning = {name: p.detach() for name, p in self._learning.items()}
-            tree = {"ranks": everywhere, "policy": learning, "optimizer": self.optimizer.state_dict()}
-            tensors, state = checkpoint.pack(tree)
+            tensors, state = checkpoint.pack({"ranks": everywhere, **tree})
             best = self.watch.best_step if self.settings.save_best else None
             checkpoint.save(self.run.checkpoints, self._kept["step"], tensors, state, self.settings.keep, best)
         self.world.barrier()
@@ -322,7 +325,7 @@ class Trainer:
         if path is None:
             return
         tree, mine = self._restored(path)
-        self.optimizer.load_state_dict(tree["optimizer"])
+        self.optimizer.load_state_dict(spread_moments(tree["optimizer"], self.optimizer))
         self.step, self.tokens, self.seconds = mine["step"], mine["tokens"], mine["seconds"]
         self.skipped, self.seconds_before = mine["skipped"], mine["seconds"]
         self.watch = Watch(**mine["watch"])
@@ -340,7 +343,7 @@ class Trainer:
             raise PlauditError(f"{path} was saved from another model or another set of trained weights.")
         with torch.no_grad():
             for name, parameter in self._learning.items():
-                parameter.copy_(tree["policy"][name])
+                parameter.copy_(part_like(tree["policy"][name], parameter))
         mine = tree["ranks"][self.world.rank % len(tree["ranks"])]
         self.algorithm.restore(mine["algorithm"])
         return tree, mine

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plaudit.errors import PlauditError
+from plaudit.sharding import whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,6 +33,7 @@ class World:
     """The processes of a run. Every method that exchanges something must be called by all ranks, in the same order.
 
     rank, size  which process this is, of how many
+    sharded     whether the model that `prepare` was given is spread over the ranks (FSDP2)
     lockstep    True if every forward and backward pass is an exchange too (FSDP2, DeepSpeed): all ranks must then run
                 the same number of them. Under DDP the numbers may differ, but every rank must run the last,
                 synchronised one.
@@ -43,6 +45,7 @@ class World:
     size: int = 1
     accelerator: Accelerator | None = None
     engine: Any = None  # DeepSpeed's, which owns the optimizer step
+    sharded: bool = False
 
     @classmethod
     def start(cls, precision: str = "float32", device: str | None = None) -> World:
@@ -69,13 +72,19 @@ class World:
         return torch.bfloat16 if self.precision == "bfloat16" else None
 
     @property
+    def shards(self) -> bool:
+        """Whether `prepare` is going to spread the model, or has."""
+        return self.accelerator is not None and bool(self.accelerator.is_fsdp2)
+
+    @property
     def lockstep(self) -> bool:
-        return self.accelerator is not None and (self.engine is not None or self.accelerator.is_fsdp2)
+        return self.sharded or self.engine is not None
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
         """The model on its device, wrapped or sharded as the launcher asks; train and clip what this returns.
 
-        All ranks start from rank 0's weights. Call it once: DeepSpeed and FSDP2 take one model.
+        All ranks start from rank 0's weights, but under FSDP2 each from its part of its own, which must be the same.
+        Call it once: DeepSpeed and FSDP2 take one model.
         """
         if self.accelerator is None:
             return model.to(self.device), optimizer
@@ -87,6 +96,10 @@ class World:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model.broadcast_buffers = False
         self.engine = model if deepspeed is not None else None
+        self.sharded = self.shards
+        if self.sharded:
+            # Else some weights stay gathered after a pass without gradients, and who reads them then meets both kinds.
+            model.set_reshard_after_forward(True)
         return model, optimizer
 
     def unwrap(self, model: nn.Module) -> nn.Module:
@@ -134,8 +147,7 @@ class World:
         total = nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
         if norm is not None:
             nn.utils.clip_grads_with_norm_(trained, norm, total)
-        whole: Tensor = total.full_tensor() if hasattr(total, "full_tensor") else total
-        return whole
+        return whole(total)
 
     def sum(self, value: Number) -> Number:
         """The sum over ranks of a number or, element by element, of a tensor of the same shape everywhere."""
@@ -211,13 +223,22 @@ def _accelerator(cpu: bool) -> Accelerator:
     accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[handler])
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise PlauditError("accelerate config: FSDP version 1 is not supported; set fsdp_version: 2.")
+    if accelerator.is_fsdp2:
+        # Else all ranks but the first would read empty weights, and a reference is copied before the model is sharded.
+        accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return accelerator
 
 
 def _check_deepspeed(plugin: Any) -> None:
     config = plugin.deepspeed_config
     if plugin.zero_stage == 0:
-        raise PlauditError("DeepSpeed config: ZeRO stage 0 shards nothing; launch without DeepSpeed, or set 1, 2 or 3.")
+        raise PlauditError("DeepSpeed config: ZeRO stage 0 shards nothing; launch without DeepSpeed, or set 1 or 2.")
+    if plugin.zero_stage == 3:
+        raise PlauditError(
+            "DeepSpeed config: plaudit cannot gather the weights that ZeRO stage 3 spreads; set stage 1 or 2, or take "
+            "FSDP version 2, which spreads them too."
+        )
     if config.get("gradient_accumulation_steps", "auto") not in ("auto", 1):
         raise PlauditError(
             "DeepSpeed config: gradient_accumulation_steps must be 1 or auto; plaudit cuts the batch by tokens itself."

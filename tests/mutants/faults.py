@@ -358,8 +358,20 @@ FAULTS = [
     Fault(
         "each micro-batch a mean of its own",
         "trainer.py",
-        "self.world.backward(loss / total)",
-        "self.world.backward(loss / algorithm.weight(part))",
+        "else loss / total)",
+        "else loss / algorithm.weight(part))",
+    ),
+    Fault(
+        "a pass that is repeated for another process counts",
+        "trainer.py",
+        "loss * 0 if places is None else loss / total",
+        "loss / total",
+    ),
+    Fault(
+        "a repeated pass is in the figures",
+        "trainer.py",
+        "if places is None:\n                continue",
+        "if False:\n                continue",
     ),
     Fault(
         "a draw that favours the next token",

@@ -16,7 +16,7 @@ FLOORS = {
     "__init__",
     1: "batch numerics losses advantages preferences offline_losses",
     2: "templates data attention layout layers fused backbone reference heads policy loading decoding slots sampler "
-    "rewards sources world scratch seq2seq speed budget",
+    "rewards sources sharding world scratch seq2seq speed budget",
     3: "algorithms comparing asking",
     4: "checkpoint trainer hooks",
     5: "encoding families recipes inference pipeline explain wording outcome plots report cli rm_train bench "

@@ -152,7 +152,9 @@ def test_deepspeed_settings_that_would_change_the_numbers_are_refused():
         _check_deepspeed(Plugin(0))
     with pytest.raises(PlauditError, match="gradient_accumulation_steps must be 1 or auto"):
         _check_deepspeed(Plugin(2, gradient_accumulation_steps=4))
-    plugin = Plugin(3, gradient_accumulation_steps="auto", train_micro_batch_size_per_gpu="auto")
+    with pytest.raises(PlauditError, match="cannot gather the weights that ZeRO stage 3 spreads; set stage 1 or 2"):
+        _check_deepspeed(Plugin(3))
+    plugin = Plugin(2, gradient_accumulation_steps="auto", train_micro_batch_size_per_gpu="auto")
     _check_deepspeed(plugin)
     assert plugin.deepspeed_config["train_micro_batch_size_per_gpu"] == 1
 

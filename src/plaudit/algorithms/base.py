@@ -12,7 +12,7 @@ from plaudit import machine
 from plaudit.batch import Batch
 from plaudit.budget import fewer, ran_out
 from plaudit.data import Order
-from plaudit.errors import PlauditError
+from plaudit.errors import PlauditError, SharedError
 from plaudit.policy import Output, Policy
 from plaudit.world import World
 
@@ -107,9 +107,9 @@ class Algorithm:
 
     def _collected(self, batch: Batch, function: Callable[[Batch], Output]) -> Output:
         collected: dict[str, Tensor] = {}
-        for part, places in self.policy.parts(batch, self.tokens_per_pass):
+        for part, places in self.passes(batch):
             for name, tensor in function(part)._asdict().items():
-                if tensor is None:
+                if tensor is None or places is None:
                     continue
                 if name not in collected:
                     shape = (len(batch), *batch.tokens.shape[1:][: tensor.dim() - 1], *tensor.shape[2:])
@@ -119,6 +119,24 @@ class Algorithm:
                 else:
                     collected[name][places] = tensor
         return Output(**collected)
+
+    def passes(self, batch: Batch) -> list[tuple[Batch, Tensor | None]]:
+        """The parts of a batch, which go through the model one after the other, each with the places (n,) of its rows.
+
+        Where every pass is an exchange, all processes must call this, and get as many passes as the one that needs
+        most: those that this one lacks repeat its shortest group and have no places, and what they give is to be left
+        out. Raises SharedError on all processes if one has no rows at all."""
+        parts: list[tuple[Batch, Tensor | None]] = [*self.policy.parts(batch, self.tokens_per_pass)]
+        if not self.world.lockstep:
+            return parts
+        most, empty = self.world.maximum(torch.tensor([len(parts), not parts])).tolist()
+        if empty:
+            raise SharedError(
+                f"batch_size: one of {self.world.size} processes has no rows of a batch, and sharded models need some "
+                "on each: raise batch_size, or start fewer processes."
+            )
+        shortest = min(batch.blocks(), key=lambda rows: int(batch.lengths[rows].sum()))
+        return parts + [(batch.rows(shortest), None)] * (most - len(parts))
 
     def over_trunk(self, batch: Batch) -> Tensor:
         """(B, T, d) the frozen layers' activations, computed once for all passes over this batch."""

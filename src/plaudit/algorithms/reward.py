@@ -164,7 +164,7 @@ class RewardModelling(FromData):
     @cached_property
     def looked_at(self) -> list[Batch]:
         """The validation part and what is learned from, as many rows of each, with what frozen layers make of them."""
-        shared = self.policy.frozen and not self.policy.own_head
+        shared = self.policy.frozen and not (self.policy.own_head or self.world.sharded)
         both = [self.rows(items[:LOOKED_AT]).to(self.world.device) for items in (self.validation, self.data)]
         return [replace(batch, trunk=self.over_trunk(batch)) for batch in both] if shared else both
 
