@@ -224,7 +224,9 @@ class Policy(nn.Module):
         """(N, d) of `Output.origins` -> (N, V) log-probabilities of all tokens. Raises PlauditError for a model whose
         logits are not those of its head alone."""
         if not self.plain_head:
-            raise PlauditError("kl_term: this model's logits cannot be told from its states: take another than full.")
+            raise PlauditError(
+                "kl_term: full, as wpo, needs logits that the head alone makes: this model adds to them."
+            )
         return torch.log_softmax(self._logits(states) / self.temperature, -1)
 
     def _logits(self, states: Tensor) -> Tensor:
