@@ -258,6 +258,8 @@ def preference_classes() -> dict[type, type[Algorithm]]:
 
 
 def _preference(settings: preference.Preference, world: World, template: Template, *items: list[Any]) -> Algorithm:
+    if world.shards and isinstance(settings, preference.WPO):
+        raise PlauditError("wpo: it reads the whole vocabulary, over which FSDP spreads the head: take another loss.")
     policy = _policy(settings, world)
     answers = [answer for item in items[0] + items[1] for answer in item.encoded]
     _check_readable(settings, policy, _lengths(policy, answers))

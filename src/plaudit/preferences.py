@@ -55,8 +55,10 @@ def divergence_slope(ratios: Tensor, divergence: str, alpha: float = 0.5) -> Ten
     if divergence == "jensen_shannon":
         return math.log(2) + logsigmoid(ratios)
     alpha = 1.0 if divergence == "forward_kl" else alpha
-    # Far below the reference no float would hold it: there it stays where it is.
-    return -torch.expm1((-alpha * ratios).clamp(max=20)) / alpha
+    # Far below the reference no float would hold it: from e^20 on it goes on straight.
+    fall = -alpha * ratios
+    held = fall.clamp(max=20)
+    return -(torch.expm1(held) + math.exp(20) * (fall - held)) / alpha
 
 
 def robust_dpo(

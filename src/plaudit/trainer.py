@@ -169,7 +169,8 @@ class Trainer:
             yield
         except Exception as error:
             alone = self.world.size > 1 and not isinstance(error, SharedError)
-            if self.step == 0 or alone:  # nothing to keep; or the others do not know of it, and would not save too
+            # Nothing to keep, or to keep it by; or the others do not know of it, and would not save too.
+            if self.step == 0 or alone or self.world.engine is not None:
                 raise
             self.save()
             if isinstance(error, PlauditError):
@@ -194,6 +195,11 @@ class Trainer:
         self.algorithm, self.steps = algorithm, algorithm.steps
         self.optimizer = _optimizer(algorithm, self.settings)
         algorithm.model, self.optimizer = self.world.prepare(algorithm.policy, self.optimizer)
+        if self.world.engine is not None and (self.settings.save_every or self.settings.save_best):
+            raise PlauditError(
+                "save_every: under DeepSpeed the optimizer is spread over processes, and nothing here gathers it: set "
+                "save_every 0 and no save_best, or take FSDP version 2."
+            )
         # Looked up once: a signal may come while the reference stands in for some of the policy's modules.
         self._learning = algorithm.policy.learning()
         self._resume()
@@ -308,7 +314,10 @@ class Trainer:
         }
 
     def save(self) -> None:
-        """A checkpoint of the last finished step."""
+        """A checkpoint of the last finished step; none under DeepSpeed, whose moments nothing here gathers."""
+        if self.world.engine is not None:
+            self.messages.append(f"step {self.step} is not saved: DeepSpeed spreads the optimizer over processes")
+            return
         owed = {"figures": self.figures, "shown": self.algorithm.shown} if self.owed else None
         everywhere = self.world.gather([self._kept | {"owed": owed, "watch": asdict(self.watch)}])
         learning = {name: p.detach() for name, p in self._learning.items()}

@@ -28,7 +28,7 @@ def told(cls, settings, **streams):
     batch = collate([[5], [5]], [[6], [6, 7, 8]], [0, 0])
     logprobs = torch.tensor([[9.0, -0.5, 9.0, 9.0], [9.0, -1.0, -2.0, -3.0]], dtype=torch.float64)
     kept = torch.tensor([[9.0, -0.7, 9.0, 9.0], [9.0, -0.8, -1.6, -2.4]], dtype=torch.float64)
-    batch = dataclasses.replace(batch, reference_logprobs=kept, targets=torch.tensor([1.0, 0.0]), **streams)
+    batch = dataclasses.replace(batch, reference_logprobs=kept, **{"targets": torch.tensor([1.0, 0.0]), **streams})
     algorithm = cls.__new__(cls)
     algorithm.settings = settings
     loss, stats = algorithm.objective(logprobs, batch)
@@ -63,7 +63,12 @@ def test_alpha_lies_between_the_reverse_and_the_forward_kl_and_no_ratio_is_too_s
     for name in ("forward_kl", "jensen_shannon"):
         found = divergence_slope(far, name)
         assert torch.isfinite(found).all()
-        assert torch.isfinite(torch.autograd.grad(found.sum(), far)[0]).all()
+        slope = torch.autograd.grad(found.sum(), far)[0]
+        assert torch.isfinite(slope).all()
+        assert slope > 0  # it can come back
+    bound = torch.tensor([-20.0 - 1e-9, -20.0 + 1e-9], dtype=torch.float64)
+    below, above = divergence_slope(bound, "forward_kl")
+    assert below.item() == pytest.approx(above.item(), rel=1e-8)
     with pytest.raises(ValueError, match=r"^alpha: only the divergence `alpha` reads it, and this is `forward_kl`\.$"):
         verbs.DivergenceDPO(**COMMON, divergence="forward_kl", alpha=0.2)
 
@@ -141,6 +146,12 @@ def test_mpo_is_the_weighted_sum_of_its_parts():
     assert loss == pytest.approx(0.7 * cost(0.5 * 1.4) + 0.4 * quality + 3.0 * 0.5, rel=1e-6)
     assert stats["chosen_nll"] == pytest.approx(0.5)
     assert stats["margin"] == pytest.approx(0.5 * 1.4)
+
+
+def test_s2_10_mpo_imitates_what_most_people_preferred_however_many_they_were():
+    settings = verbs.MPO(**COMMON, dpo_weight=0.0, bco_weight=0.0, sft_weight=1.0)
+    torn = {"targets": torch.tensor([0.6, 0.4]), "baselines": torch.zeros(2)}
+    assert told(direct.MixedPreference, settings, **torn)[0] == pytest.approx(0.5)
 
 
 def test_without_a_reference_slic_reads_sums_and_cpo_ipo_averages_and_both_imitate():

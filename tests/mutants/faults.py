@@ -653,14 +653,14 @@ FAULTS = [
     Fault(
         "CPO imitates the rejected",
         "algorithms/preference.py",
-        "return -(batch.targets * self.averages(logprobs, batch)).sum()",
-        "return -((1 - batch.targets) * self.averages(logprobs, batch)).sum()",
+        "imitation = -(batch.targets * self.averages(logprobs, batch)).sum()",
+        "imitation = -((1 - batch.targets) * self.averages(logprobs, batch)).sum()",
     ),
     Fault(
         "CPO imitates whatever stands first",
         "algorithms/preference.py",
-        "return -(batch.targets * self.averages(logprobs, batch)).sum()",
-        "return -self.averages(logprobs, batch)[0::2].sum()",
+        "imitation = -(batch.targets * self.averages(logprobs, batch)).sum()",
+        "imitation = -self.averages(logprobs, batch)[0::2].sum()",
     ),
     Fault(
         "a prompt that ends inside a word", "turns.py", 'r"[^\\S\\n]*\\S*\\Z", "", first', 'r"[^\\S\\n]*\\Z", "", first'

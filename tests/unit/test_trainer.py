@@ -9,6 +9,7 @@ import pytest
 import examples
 import plaudit
 import watched
+from plaudit.errors import PlauditError
 from plaudit.trainer import Trainer, _optimizer
 
 
@@ -39,6 +40,19 @@ def test_learning_rates_step_by_step(at):
     assert rates(at, 4, schedule="cosine", warmup=0.0) == pytest.approx(cosine)
     assert rates(at, 1, schedule="linear", warmup=0.05) == [1]
     assert len(rates(at, 3, schedule="linear", warmup=1.0)) == 3
+
+
+def test_deepspeed_saves_nothing_and_says_so_before_the_first_step(at, tmp_path):
+    settings = examples.settings("sft", at, tmp_path / "run")
+    algorithm = examples.built(settings)
+    algorithm.world.engine = object()
+    trainer = Trainer(None, algorithm.world, settings)
+    with pytest.raises(PlauditError, match=r"^save_every: under DeepSpeed the optimizer is spread over processes"):
+        trainer.begin(algorithm)
+    trainer.step = 2
+    trainer.save()
+    assert trainer.messages == ["step 2 is not saved: DeepSpeed spreads the optimizer over processes"]
+    assert not (tmp_path / "run").exists()
 
 
 def test_matrices_decay_and_the_value_head_has_its_own_rate(at, tmp_path):

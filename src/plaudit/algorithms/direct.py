@@ -65,7 +65,7 @@ class WeightedPreference(DirectPreference):
         return replace(batch, weights=found.scores)
 
     def likeness(self, output: Output, batch: Batch) -> Tensor:
-        """(B,) the geometric mean, over the tokens of an answer, of their closeness to the policy's own."""
+        """(B,) the geometric mean, over an answer, of how likely each token is beside one of the policy's own."""
         close = closeness(self.policy, self.world, output.logprobs, output.origins, batch.actions)
         return self.averages(close, batch).exp()
 
@@ -79,6 +79,6 @@ class MixedPreference(PairedBinaryClassifier):
         own, ratios = self.settings, self.ratios(logprobs, batch)
         quality, _ = super().objective(logprobs, batch)
         preference, stats = preferences.dpo(ratios[0::2], ratios[1::2], own.beta)
-        imitation = self.imitation(logprobs, batch)
+        imitation = -self.averages(logprobs, batch)[0::2].sum()
         total = own.dpo_weight * preference + own.bco_weight * quality + own.sft_weight * imitation
         return total, stats | {"chosen_nll": imitation.detach()}

@@ -191,11 +191,6 @@ class Paired(PreferenceLearning):
         """The loss of pairs, and its statistics; all (P,)."""
         raise NotImplementedError
 
-    def imitation(self, logprobs: Tensor, batch: Batch) -> Tensor:
-        """() -log pi of the answer that people chose, averaged over its tokens, as a sum over pairs."""
-        assert batch.targets is not None
-        return -(batch.targets * self.averages(logprobs, batch)).sum()
-
 
 class DirectPreference(Paired):
     """DPO, see `preferences.dpo`."""
@@ -292,8 +287,9 @@ class Imitating(Paired):
     pair, by as many people as preferred it."""
 
     def objective(self, logprobs: Tensor, batch: Batch) -> tuple[Tensor, Stats]:
+        assert batch.targets is not None
         total, stats = super().objective(logprobs, batch)
-        imitation = self.imitation(logprobs, batch)
+        imitation = -(batch.targets * self.averages(logprobs, batch)).sum()
         return total + self.settings.sft_weight * imitation, stats | {"chosen_nll": imitation.detach()}
 
     def read(self, logprobs: Tensor, batch: Batch) -> Tensor:
@@ -309,7 +305,7 @@ class ContrastivePreference(Imitating):
 
 
 class SequenceLikelihood(Imitating):
-    """SLiC (Zhao et al. 2023, arXiv:2305.10425), eq. 5: `preferences.hinge` of log pi itself, summed over tokens."""
+    """SLiC (Zhao et al. 2023, arXiv:2305.10425): `preferences.hinge` of log pi itself, summed over tokens."""
 
     def pairs(self, chosen: Tensor, rejected: Tensor, preference: Tensor) -> tuple[Tensor, Stats]:
         return preferences.hinge(chosen, rejected, self.settings.beta, preference)

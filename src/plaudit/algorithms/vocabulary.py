@@ -18,7 +18,8 @@ def exact_divergence(
     policy: Policy, world: World, own: Tensor | None, reference: Tensor | None, actions: Tensor
 ) -> Tensor:
     """(B, T) KL(policy || reference) in nats at each action, from the states (B, T, d) that both chose it from."""
-    _check_whole(world, "kl_term", "take another than full")
+    if world.sharded:
+        raise PlauditError("kl_term: the head of a sharded model is spread over processes: take another than full.")
     assert own is not None
     assert reference is not None
     found = []
@@ -31,16 +32,10 @@ def exact_divergence(
     return at_actions(torch.cat(found), actions)
 
 
-def _check_whole(world: World, name: str, instead: str) -> None:
-    if world.sharded:
-        raise PlauditError(f"{name}: the head of a sharded model is spread over processes: {instead}.")
-
-
 @torch.no_grad()
 def closeness(policy: Policy, world: World, logprobs: Tensor | None, origins: Tensor | None, actions: Tensor) -> Tensor:
-    """(B, T) log pi(token) - log sum_v pi(v)^2 at each action: 0 on average where tokens are the policy's own, from
-    its log-probabilities (B, T) and the states (B, T, d) that tokens were chosen from."""
-    _check_whole(world, "wpo", "take another loss")
+    """(B, T) log pi(token) - log sum_v pi(v)^2 at each action: how likely it is beside what a token of the policy's own
+    is on average; from its log-probabilities (B, T) and the states (B, T, d) that tokens were chosen from."""
     assert logprobs is not None
     assert origins is not None
     found = []
