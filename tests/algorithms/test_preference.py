@@ -17,6 +17,7 @@ import examples
 import plaudit
 import tiny
 from plaudit import preferences, reference
+from plaudit.algorithms import base
 from plaudit.algorithms.preference import (
     Answers,
     ContrastivePreference,
@@ -135,6 +136,24 @@ def test_b9_the_first_gradient_of_dpo(at, tmp_path):
     totals = algorithm.totals(algorithm.policy(batch).logprobs, batch)
     (-0.3 / 2 * (totals[0::2] - totals[1::2]).sum()).backward()
     torch.testing.assert_close(found, gradients(algorithm), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("verb", ["dpo", "kto"])
+def test_frozen_layers_run_once_for_policy_and_reference_and_no_number_changes(verb, at, tmp_path, monkeypatch):
+    found, passes = {}, {}
+    for name, kept in {"shared": base.KEPT, "alone": 0}.items():
+        monkeypatch.setattr(base, "KEPT", kept)
+        algorithm = moved(examples.built(settings(verb, at, tmp_path, train_layers=1)))
+        counted = []
+        lowest = algorithm.policy.base.layers[0]
+        lowest.register_forward_hook(lambda *_, counted=counted: counted.append(1))
+        batch = next(algorithm.batches())
+        found[name] = {"loss": algorithm.loss(batch)[0].item(), "kl": algorithm.notes.get("kl", 0.0)}
+        passes[name] = len(counted)
+        found[name] |= algorithm.evaluate()
+    assert passes["shared"] * 2 == passes["alone"] == {"dpo": 2, "kto": 4}[verb]
+    assert found["shared"] == pytest.approx(found["alone"], rel=1e-4)
+    assert found["shared"]["loss"] != pytest.approx(STARTS[verb] * len(batch), rel=1e-3)
 
 
 # --------------------------------------------------------------------------------------------- where it converges

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,9 @@ from plaudit.world import World
 
 Stats = dict[str, Tensor]
 T = TypeVar("T")
+
+KEPT = 2**27
+"""Numbers, at most, that are kept of what frozen layers make of a batch."""
 
 
 class Algorithm:
@@ -137,6 +141,14 @@ class Algorithm:
             )
         shortest = min(batch.blocks(), key=lambda rows: int(batch.lengths[rows].sum()))
         return parts + [(batch.rows(shortest), None)] * (most - len(parts))
+
+    def sharing_trunk(self, batch: Batch) -> Batch:
+        """The batch with what frozen layers make of it, for several passes to share, unless that is too much to keep or
+        nothing is frozen."""
+        kept = batch.tokens.numel() * self.policy.width
+        if not self.policy.frozen or self.policy.own_head or self.world.sharded or kept > KEPT:
+            return batch
+        return replace(batch, trunk=self.over_trunk(batch))
 
     def over_trunk(self, batch: Batch) -> Tensor:
         """(B, T, d) the frozen layers' activations, computed once for all passes over this batch."""

@@ -95,6 +95,7 @@ class PreferenceLearning(HeldToReference, FromData):
         """The batch with the reference's log-probabilities, if there is a reference."""
         if not self.refers or batch.reference_logprobs is not None:
             return batch
+        batch = self.sharing_trunk(batch)  # of policy and reference
         with self.policy.as_reference():
             return replace(batch, reference_logprobs=self.over(batch, self.policy).logprobs)
 

@@ -27,9 +27,6 @@ LOOKS = 20
 LOOKED_AT = 128
 """Rows of either side, learned from or not, that the weight decay is adapted by."""
 
-KEPT = 2**26
-"""Numbers, at most, that are kept of what frozen layers make of either side."""
-
 
 @dataclass(frozen=True)
 class Judged:
@@ -168,10 +165,7 @@ class RewardModelling(FromData):
     def looked_at(self) -> list[Batch]:
         """The validation part and what is learned from, as many rows of each, with what frozen layers make of them."""
         both = [self.rows(items[:LOOKED_AT]).to(self.world.device) for items in (self.validation, self.data)]
-        most = max(batch.tokens.numel() for batch in both) * self.policy.width
-        if not self.policy.frozen or self.policy.own_head or self.world.sharded or most > KEPT:
-            return both
-        return [replace(batch, trunk=self.over_trunk(batch)) for batch in both]
+        return [self.sharing_trunk(batch) for batch in both]
 
     def mean_loss(self, batch: Batch) -> float:
         """The loss per unit, without gradient or dropout; 0 where there is no unit."""
