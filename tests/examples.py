@@ -194,8 +194,8 @@ def settings(kind: str, at: Path, output: Path, **changes: Any) -> Any:
             "rrhf",
         )  # others are dpo by another formula
         every = 2 if told else 0
-        given = {"model": str(at / "dropping"), "batch_size": 4, "steps": 5, "evaluate_every": every, **data}
-        given["tokens_per_pass"] = 96
+        given = {"model": str(at / "dropping"), "batch_size": 4, "steps": 5, **data}
+        given |= {"evaluate_every": every, "tokens_per_pass": 96}
         return PREFERENCES[kind](**{**common, **given, **PREFERRED.get(kind, {}), **changes})
     if kind == "ilql":
         data = {"data": str(at / "ratings.jsonl"), "eval_data": str(at / "ratings.jsonl"), "model": str(at / "model")}

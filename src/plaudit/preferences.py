@@ -57,8 +57,8 @@ def divergence_slope(ratios: Tensor, divergence: str, alpha: float = 0.5) -> Ten
     alpha = 1.0 if divergence == "forward_kl" else alpha
     # Far below the reference no float would hold it: from e^20 on it goes on straight.
     fall = -alpha * ratios
-    held = fall.clamp(max=20)
-    return -(torch.expm1(held) + math.exp(20) * (fall - held)) / alpha
+    straight = math.expm1(20) + math.exp(20) * (fall - 20)
+    return -torch.where(fall > 20, straight, torch.expm1(fall.clamp(max=20))) / alpha
 
 
 def robust_dpo(

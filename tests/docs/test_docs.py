@@ -67,8 +67,14 @@ def runnable(page: Path, language: str) -> list[Block]:
     return [block for block in blocks(page) if block.language == language and block.mark[:1] != ("not run",)]
 
 
+SLOW = ("docs/bench.md",)  # it measures for as long as a measurement takes
+
+
 def with_blocks(language: str) -> list[Any]:
-    return [pytest.param(page, id=name(page)) for page in PAGES if runnable(page, language)]
+    marks = {True: pytest.mark.slow, False: ()}
+    return [
+        pytest.param(page, id=name(page), marks=marks[name(page) in SLOW]) for page in PAGES if runnable(page, language)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- what readers have

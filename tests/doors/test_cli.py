@@ -173,6 +173,7 @@ def test_without_a_terminal_progress_is_plain_lines_beside_the_result(plaudit, m
     assert again == (0, "runs/sft\n", "runs/sft: already complete.\n")
 
 
+@pytest.mark.slow
 def test_in_a_terminal_progress_is_a_bar_with_rate_and_time_left(here, models, demonstrations):
     command = [
         sys.executable, "-m", "plaudit.cli", "sft", "--model", models / "plain", "--data", demonstrations,

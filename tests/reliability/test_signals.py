@@ -200,6 +200,7 @@ def test_whatever_ends_a_run_the_hooks_are_told(way, at, tmp_path, monkeypatch):
     assert ended == ["tracker", "bar"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # five processes start, on what may be a busy machine
 def test_r3_r12_a_process_stopped_and_killed_again_and_again(at, tmp_path):
     changes = {"steps": 40, "rollout": 4, **unheld("ppo")}

@@ -145,8 +145,9 @@ class Algorithm:
     def sharing_trunk(self, batch: Batch) -> Batch:
         """The batch with what frozen layers make of it, for several passes to share, unless that is too much to keep or
         nothing is frozen."""
-        kept = batch.tokens.numel() * self.policy.width
-        if not self.policy.frozen or self.policy.own_head or self.world.sharded or kept > KEPT:
+        if not self.policy.frozen or self.policy.own_head or self.world.sharded:
+            return batch
+        if batch.tokens.numel() * self.policy.width > KEPT:
             return batch
         return replace(batch, trunk=self.over_trunk(batch))
 
