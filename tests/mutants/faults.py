@@ -29,7 +29,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "offline_losses.py": (UNIT + "test_offline_losses.py",),
     "heads.py": (UNIT + "test_heads.py",),
     "decoding.py": (UNIT + "test_sampler.py",),
-    "trainer.py": (UNIT + "test_trainer.py", RUNS + "test_invariances.py", RUNS + "test_sft.py"),
+    "trainer.py": (
+        UNIT + "test_trainer.py",
+        UNIT + "test_sharding.py",
+        RUNS + "test_invariances.py",
+        RUNS + "test_sft.py",
+    ),
     "rewards.py": (UNIT + "test_rewards.py",),
     "pairing.py": (UNIT + "test_pairing.py",),
     "turns.py": (UNIT + "test_turns.py",),
