@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from plaudit.settings.common import Training
 from plaudit.settings.online import BestOfN
 from plaudit.settings.policy_gradient import OnPolicy
 from plaudit.settings.preference import Referenced
+
+T = TypeVar("T")
 
 SHARE = 0.5
 """Of the room that is left, activations get so much: the rest is for what nobody counts."""
@@ -150,6 +152,20 @@ def ran_out(error: RuntimeError) -> bool:
     """Whether PyTorch says with this error that there is no more memory."""
     said = ("DefaultCPUAllocator", "MPS backend out of memory")
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
+
+
+def retried(work: Callable[[], T], lessen: Callable[[], None]) -> T:
+    """What `work` returns, which leaves nothing behind if it fails: where memory runs out, it is done again once
+    `lessen` has made it smaller, which raises where it can't be."""
+    while True:
+        try:
+            return work()
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+        # Here the error is gone, and with it all that its frames held.
+        lessen()
+        machine.release()
 
 
 def fewer(tokens: int, count: Callable[[int], int]) -> int:

@@ -53,6 +53,16 @@ class Perceptron(nn.Module):
         return found.to(torch.promote_types(found.dtype, torch.float32))
 
 
+def scalar(head: nn.Linear | Perceptron, states: Tensor) -> Tensor:
+    """(N, d) -> (N,) in float32 always: eight bits of mantissa are too few for values and scores."""
+    with torch.autocast(states.device.type, enabled=False):
+        if isinstance(head, Perceptron):
+            return head(states).squeeze(-1)
+        dtype = torch.promote_types(states.dtype, torch.float32)
+        bias = None if head.bias is None else head.bias.to(dtype)
+        return functional.linear(states.to(dtype), head.weight.to(dtype), bias).squeeze(-1)
+
+
 class ActionHeads(nn.Module):
     """Two Q heads over the vocabulary, a target copy of each, and a V head (Snell et al. 2022, arXiv:2206.11871).
 

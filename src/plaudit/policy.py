@@ -30,7 +30,7 @@ from plaudit.backbone import (
 )
 from plaudit.batch import Batch
 from plaudit.errors import PlauditError
-from plaudit.heads import ActionHeads, Perceptron
+from plaudit.heads import ActionHeads, Perceptron, scalar
 from plaudit.layers import lean
 from plaudit.layout import Layout, arrange, computed, padded, side_by_side
 from plaudit.numerics import at_actions, before_actions, likeliest, logprobs_of, token_logprobs
@@ -160,7 +160,7 @@ class Policy(nn.Module):
             found = self._likeliest(hidden, logits, before, batch.tokens[batch.actions])
             result = result._replace(hits=at_actions(found, batch.actions))
         if values and self.value is not None:
-            result = result._replace(values=at_actions(_scalar(self.value, hidden[before]), batch.actions))
+            result = result._replace(values=at_actions(scalar(self.value, hidden[before]), batch.actions))
         if worth and self.heads is not None:
             judged = self.heads(hidden.index_select(0, before), batch.tokens[batch.actions])
             result = result._replace(**{name: _spread(each, batch.actions) for name, each in judged._asdict().items()})
@@ -170,7 +170,7 @@ class Policy(nn.Module):
             result = result._replace(origins=kept)
         if scores:
             last = layout.where.gather(1, self._scored(batch)[:, None]).squeeze(1)
-            result = result._replace(scores=_scalar(self.backbone.score, hidden[last]) - self._score_offset)
+            result = result._replace(scores=scalar(self.backbone.score, hidden[last]) - self._score_offset)
         return result
 
     def _likeliest(self, hidden: Tensor, logits: Tensor | None, before: Tensor, targets: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ class Policy(nn.Module):
         head, caught = score_head(self.backbone), list[Tensor]()
         with head.register_forward_pre_hook(lambda module, states: caught.append(states[0])):
             self.backbone(input_ids=tokens, attention_mask=batch.attention.long())
-        return _scalar(head, caught[0])
+        return scalar(head, caught[0])
 
     @property
     def _score_offset(self) -> float:
@@ -393,13 +393,3 @@ def _spread(found: Tensor, actions: Tensor) -> Tensor:
     if found.dim() == 1:
         return at_actions(found, actions)
     return torch.stack([at_actions(column, actions) for column in found.unbind(1)], 2)
-
-
-def _scalar(head: nn.Linear | Perceptron, states: Tensor) -> Tensor:
-    """(N, d) -> (N,) in float32 always: eight bits of mantissa are too few for values and scores."""
-    with torch.autocast(states.device.type, enabled=False):
-        if isinstance(head, Perceptron):
-            return head(states).squeeze(-1)
-        dtype = torch.promote_types(states.dtype, torch.float32)
-        bias = None if head.bias is None else head.bias.to(dtype)
-        return functional.linear(states.to(dtype), head.weight.to(dtype), bias).squeeze(-1)

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plaudit import machine
 from plaudit.advantages import RunningMoments
 from plaudit.backbone import limit_of
 from plaudit.batch import Batch, collate
-from plaudit.budget import fewer, ran_out
+from plaudit.budget import fewer, retried
 from plaudit.checks import ENSEMBLE_RULE, check_model, listed, members_of
 from plaudit.config import plain
 from plaudit.errors import PlauditError
@@ -78,18 +77,18 @@ class ModelReward:
         rows = self.template.tokenizer(texts, truncation=True, max_length=limit_of(self.policy.backbone)).input_ids
         batch = collate(rows, [[]] * len(rows))
 
+        return retried(lambda: self._scored(batch), lambda: self._lessen(batch, max(texts, key=len)))
+
+    def _lessen(self, batch: Batch, longest: str) -> None:
         def count(tokens: int) -> int:
             return len(list(self.policy.parts(batch, tokens)))
 
-        while True:
-            try:
-                return self._scored(batch)
-            except RuntimeError as error:
-                if not ran_out(error) or count(self.tokens) == len(rows):
-                    raise
-            # Here the error is gone, and with it all that its frames held.
-            self.tokens = fewer(self.tokens, count)
-            machine.release()
+        if count(self.tokens) == len(batch):
+            raise PlauditError(
+                f"reward: memory ran out when texts were scored one by one; the longest has {int(batch.lengths.max())} "
+                f"tokens and begins with {_brief(longest)}. Lower the limit of tokens, or take a smaller reward model."
+            )
+        self.tokens = fewer(self.tokens, count)
 
     def _scored(self, batch: Batch) -> list[float]:
         scores = torch.zeros(len(batch))
@@ -151,8 +150,13 @@ class LabelReward:
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
         texts = [_said(p, c) for p, c in zip(prompts, completions, strict=True)]
-        results = self.pipeline(texts, batch_size=self.rows)
+        results = retried(lambda: self.pipeline(texts, batch_size=self.rows), self._lessen)
         return [next(row["score"] for row in rows if row["label"] == self.label) for rows in results]
+
+    def _lessen(self) -> None:
+        if self.rows == 1:
+            raise PlauditError("reward: memory ran out when a classifier read one text: take a smaller one.")
+        self.rows //= 2
 
 
 class CountReward:

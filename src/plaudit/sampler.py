@@ -9,8 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from plaudit import machine
-from plaudit.budget import ran_out
+from plaudit.budget import retried
 from plaudit.decoding import Shadow, draw, keep_likely, scored
 from plaudit.errors import PlauditError
 from plaudit.seq2seq import Decoder
@@ -162,15 +161,18 @@ class LocalSampler:
         # longest come first, so that a batch that does not fit into memory fails at once.
         order = sorted(range(size), key=lambda row: (-len(asked[row // n]), first[asked[row // n]]))
         uniforms = uniforms.to(self._shadow.module.device)
-        while True:
-            try:
-                return self._drawn(order, asked, _Rows(sampling, uniforms, self._decode), n)
-            except RuntimeError as error:
-                if not ran_out(error) or min(self._rows, size) == 1:
-                    raise
-            # Here the error is gone, and with it all that its frames held.
-            self._rows = min(self._rows, size) // 2
-            machine.release()
+        return retried(
+            lambda: self._drawn(order, asked, _Rows(sampling, uniforms, self._decode), n), lambda: self._lessen(size)
+        )
+
+    def _lessen(self, size: int) -> None:
+        at_once = min(self._rows, size)
+        if at_once == 1:
+            raise PlauditError(
+                "memory ran out while one completion was sampled alone: lower max_new_tokens or max_prompt_tokens, or "
+                "take a smaller model."
+            )
+        self._rows = at_once // 2
 
     def _drawn(self, order: list[int], asked: list[tuple[int, ...]], rows: _Rows, n: int) -> Sampled:
         while order:

@@ -12,6 +12,7 @@ import examples
 import plaudit
 import tiny
 from plaudit import PPO, PlauditError
+from plaudit.algorithms import base
 from plaudit.algorithms.ppo import ProximalPolicyOptimisation
 from plaudit.sampler import LocalSampler
 from plaudit.trainer import Trainer
@@ -152,6 +153,17 @@ def test_b36_at_the_start_sampler_policy_and_reference_are_one(kind, at, tmp_pat
     assert algorithm.notes["sampler_gap"] < 1e-5
     assert abs(algorithm.notes["kl"]) < 1e-5
     assert algorithm.notes["value"] == 0.0
+
+
+def test_what_frozen_layers_make_of_a_rollout_is_kept_where_there_is_room(at, tmp_path, monkeypatch):
+    found = {}
+    for name, kept in {"kept": base.KEPT, "dropped": 0}.items():
+        monkeypatch.setattr(base, "KEPT", kept)
+        algorithm = examples.built(examples.settings("ppo", at, tmp_path, train_layers=1))
+        batch = next(algorithm.batches())
+        assert (batch.trunk is not None) == (name == "kept")
+        found[name] = [batch.advantages, algorithm.loss(batch)[0].detach()]
+    torch.testing.assert_close(found["kept"], found["dropped"], rtol=1e-4, atol=1e-5)
 
 
 def test_a_sampler_that_disagrees_stops_the_run(at, tmp_path, monkeypatch):

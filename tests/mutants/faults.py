@@ -356,8 +356,8 @@ FAULTS = [
     Fault(
         "values of the wrong column",
         "policy.py",
-        "_scalar(self.value, hidden[before])",
-        "_scalar(self.value, hidden[before + 1])",
+        "scalar(self.value, hidden[before])",
+        "scalar(self.value, hidden[before + 1])",
     ),
     Fault("guidance away from the good", "policy.py", "full + self.guide(states)", "full - self.guide(states)"),
     Fault(

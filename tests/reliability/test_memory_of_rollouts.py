@@ -10,7 +10,7 @@ import tiny
 from plaudit.errors import PlauditError
 from plaudit.loading import load_reward_model, load_tokenizer
 from plaudit.policy import Policy
-from plaudit.rewards import ModelReward, Rewards
+from plaudit.rewards import LabelReward, ModelReward, Rewards
 from plaudit.sampler import LocalSampler, Sampling
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -54,7 +54,7 @@ def test_s1_20_sampling_goes_on_with_fewer_rows_and_draws_the_same(kind, after):
 def test_s1_20_a_single_row_that_does_not_fit_is_told():
     sampler = LocalSampler(tiny.model())
     calls = held_to(sampler, 0)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(PlauditError, match=r"while one completion was sampled alone: lower max_new_tokens"):
         sampled(sampler)
     assert len(calls) == 4  # 12 rows, 6, 3, 1
 
@@ -101,7 +101,37 @@ def test_s1_20_a_reward_model_goes_on_with_fewer_tokens_and_scores_the_same(judg
     assert max(calls) <= 20
 
 
-def test_s1_20_a_text_that_does_not_fit_alone_is_told_with_its_place(judge, monkeypatch):
+def test_s1_20_a_text_that_does_not_fit_alone_is_told(judge, monkeypatch):
     limited(monkeypatch, 13)
-    with pytest.raises(PlauditError, match=r"reward 'judge' failed: .*out of memory"):
+    with pytest.raises(PlauditError, match=r"the longest has 14 tokens and begins with 'a longer oneso'"):
         Rewards({"judge": judge})(**TEXTS, columns={})
+
+
+def label_reward(tmp_path, rows):
+    """A classifier's probability of a label; it reads at most so many texts at once. The sizes of its calls."""
+    reward = LabelReward(tiny.classifier(tmp_path / "kind", ["kind", "cruel"]), "kind", torch.device("cpu"))
+    reward.pipeline.tokenizer.pad_token = reward.pipeline.tokenizer.eos_token
+    reward.rows, calls = 4, []
+
+    def look(module, args, kwargs):
+        calls.append(len(kwargs["input_ids"]))
+        if calls[-1] > rows:
+            raise FULL
+
+    reward.pipeline.model.register_forward_pre_hook(look, with_kwargs=True)
+    return reward, calls
+
+
+def test_s1_20_a_classifier_goes_on_with_fewer_texts_and_says_the_same(tmp_path):
+    whole = label_reward(tmp_path, 32)[0](**TEXTS)
+    reward, calls = label_reward(tmp_path, 2)
+    assert reward(**TEXTS) == pytest.approx(whole, abs=1e-6)
+    assert calls == [4, 2, 2]
+    calls.clear()
+    reward(**TEXTS)
+    assert calls == [2, 2]
+
+
+def test_s1_20_a_text_that_a_classifier_has_no_room_for_is_told(tmp_path):
+    with pytest.raises(PlauditError, match="memory ran out when a classifier read one text"):
+        label_reward(tmp_path, 0)[0](**TEXTS)

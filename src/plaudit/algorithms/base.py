@@ -9,9 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from plaudit import machine
 from plaudit.batch import Batch
-from plaudit.budget import fewer, ran_out
+from plaudit.budget import fewer, retried
 from plaudit.data import Order
 from plaudit.errors import PlauditError, SharedError
 from plaudit.policy import Output, Policy
@@ -170,18 +169,10 @@ class Algorithm:
         """What `work` returns, which sends `batch` through the model in parts and leaves nothing behind if it fails:
         where memory runs out, it is done again in smaller parts, and so is whatever comes after. Raises PlauditError
         where parts cannot be smaller."""
-        while True:
-            try:
-                return work()
-            except RuntimeError as error:
-                if not ran_out(error):
-                    raise
-            # Here the error is gone, and with it all that its frames held.
-            self.tokens_per_pass = self._fewer(batch)
-            machine.release()
+        return retried(work, lambda: self._lessen(batch))
 
-    def _fewer(self, batch: Batch) -> int:
-        """Tokens of a pass, halved until they cut the batch into more parts."""
+    def _lessen(self, batch: Batch) -> None:
+        """Halves the tokens of a pass until they cut the batch into more parts."""
 
         def count(tokens: int) -> int:
             return len(list(self.policy.parts(batch, tokens)))
@@ -194,7 +185,7 @@ class Algorithm:
                 "memory ran out in a pass that held one row, or one prompt with its answers: no smaller one can be "
                 "made. Set gradient_checkpointing, train less (train_layers, lora_rank), or lower the limit of tokens."
             )
-        return fewer(now, count)
+        self.tokens_per_pass = fewer(now, count)
 
 
 class HeldToReference(Algorithm):

@@ -163,9 +163,7 @@ class OnPolicyAlgorithm(Algorithm):
         assert batch.logprobs is not None
         # A sampled token's surprise is the entropy in expectation; a bonus for it computes the entropy itself.
         self.notes["entropy"] = self.mean(-batch.logprobs[batch.actions])
-        if self.policy.frozen and not self.world.sharded:  # whose layers cannot be run apart
-            batch = replace(batch, trunk=self.over_trunk(batch))
-        batch = self.advantages(batch)
+        batch = self.advantages(self.sharing_trunk(batch))
         self.show(drawn)
         return batch.to(self.world.device)
 
