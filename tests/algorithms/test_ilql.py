@@ -37,6 +37,8 @@ PREFIXES = [prefix for k in range(LENGTH) for prefix in product(range(VOCABULARY
 class Table(nn.Module):
     """A policy with one row of numbers for each prefix: the heads themselves, over states that are one-hot."""
 
+    frozen = 0
+
     def __init__(self) -> None:
         super().__init__()
         width = len(PREFIXES)

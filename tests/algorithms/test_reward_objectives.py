@@ -35,6 +35,8 @@ CPU = World(torch.device("cpu"))
 class Table(torch.nn.Module):
     """A policy by whom a text is worth what its first token is: a reward model of one-hot features."""
 
+    frozen = 0
+
     def __init__(self, worth: list[float]) -> None:
         super().__init__()
         self.worth = torch.nn.Parameter(torch.tensor(worth, dtype=torch.float64))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +21,7 @@ Stats = dict[str, Tensor]
 T = TypeVar("T")
 
 KEPT = 2**27
-"""Numbers, at most, that are kept of what frozen layers make of a batch."""
+"""Numbers, at most, that are kept of what frozen layers make of a batch, or of a data set."""
 
 
 class Algorithm:
@@ -144,11 +145,15 @@ class Algorithm:
     def sharing_trunk(self, batch: Batch) -> Batch:
         """The batch with what frozen layers make of it, for several passes to share, unless that is too much to keep or
         nothing is frozen."""
-        if not self.policy.frozen or self.policy.own_head or self.world.sharded:
-            return batch
-        if batch.tokens.numel() * self.policy.width > KEPT:
+        small = batch.tokens.numel() * self.policy.width <= KEPT
+        if batch.trunk is not None or not (self.has_trunk and small):
             return batch
         return replace(batch, trunk=self.over_trunk(batch))
+
+    @property
+    def has_trunk(self) -> bool:
+        """Whether there are frozen layers that can be run apart."""
+        return bool(self.policy.frozen) and not (self.policy.own_head or self.world.sharded)
 
     def over_trunk(self, batch: Batch) -> Tensor:
         """(B, T, d) the frozen layers' activations, computed once for all passes over this batch."""
@@ -225,11 +230,13 @@ class FromData(Algorithm):
     """An algorithm whose batches are rows of a data set, in the order of the settings' seed.
 
     data, held   what it learns from, and what its evaluations are made on
+    trunks       what frozen layers make of the rows of an item (n, L, d), by its place, where that is kept
     """
 
     def __init__(self, settings: Any, world: World, policy: Policy, data: list[Any], held: list[Any]) -> None:
         super().__init__(policy, world, settings.tokens_per_pass)
         self.settings, self.data, self.held = settings, data, held
+        self.trunks: dict[int, Tensor] = {}
         self.order = Order(len(data), settings.batch_size, settings.seed)
         self.steps = settings.steps or self.order.steps(settings.epochs)
 
@@ -254,4 +261,42 @@ class FromData(Algorithm):
         while True:
             mine = self.order[self.position][self.world.rank :: self.world.size]
             self.position += 1
-            yield self.collate(mine).to(self.world.device)
+            batch = self.collate(mine).to(self.world.device)
+            yield replace(batch, trunk=self.kept_trunk(batch, mine)) if mine and self.keeps_trunk else batch
+
+    @cached_property
+    def keeps_trunk(self) -> bool:
+        """Whether what frozen layers make of each row is kept from one epoch to the next: if there is one, if there is
+        room for it, and if nothing in those layers is random."""
+        visits = self.steps * self.settings.batch_size / self.world.size
+        if not self.has_trunk or self.policy.backbone.training or visits <= len(self.data):
+            return False
+        room = KEPT // self.policy.width
+        for start in range(0, len(self.data), self.settings.batch_size):
+            room -= self.collate(self.beside(start)).attention.numel()
+            if room < 0:
+                return False
+        return True
+
+    def beside(self, place: int) -> list[int]:
+        """The places of the rows that go through frozen layers together with the one at `place`: always the same, so
+        that a run that goes on finds the same bits."""
+        size = self.settings.batch_size
+        return list(range(len(self.data)))[place - place % size :][:size]
+
+    def kept_trunk(self, batch: Batch, places: list[int]) -> Tensor:
+        """(B, T, d) what frozen layers make of a batch of the rows at `places`, each of which goes through them once in
+        a run."""
+        for place in places:
+            if place not in self.trunks:
+                together = self.beside(place)
+                rows = self.collate(together).to(self.world.device)
+                trunk = self.over_trunk(rows)
+                lengths = [int(rows.lengths[block].max()) for block in rows.blocks()]
+                parts = [trunk[block, :length] for block, length in zip(rows.blocks(), lengths, strict=True)]
+                self.trunks |= zip(together, parts, strict=True)
+        some = self.trunks[places[0]]
+        kept = some.new_zeros(*batch.tokens.shape, some.shape[-1])
+        for block, place in zip(batch.blocks(), places, strict=True):
+            kept[block, : self.trunks[place].shape[1]] = self.trunks[place]
+        return kept
