@@ -8,8 +8,8 @@ python benchmarks/learning/labels.py [--labels 100 300 1000] [--seeds 0 1 2] [--
 A program answers, which likes what `--hidden` likes, at a temperature, and gives every tenth answer at random. All
 loops begin as the quickstart's SFT model and see as many samples. A cell that is done is read from its folder, so the
 same command goes on where it was stopped, and several may share the work if each is given seeds of its own; the weights
-of a loop are removed once it is judged. Prints a table and how long each cell took, and draws `labels.png`. The
-quickstart must have been run before.
+of a loop are removed once it is judged. Prints a table, how long each cell took, and how far the lines lie apart, and
+draws `labels.png`. The quickstart must have been run before.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import shutil
 import statistics
 import sys
 import time
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,7 @@ def main() -> None:
         took = f", {cells[name]['seconds']:.0f} s" if labels else ""
         print(f"{number}/{len(wanted)} {name}: judge {cells[name]['judge']:.3f}{took}", file=sys.stderr, flush=True)
     table(arguments, cells)
+    print(f"\n{apart(arguments, cells)}")
     draw(arguments, cells, arguments.output / "labels.png")
 
 
@@ -178,6 +179,20 @@ def table(arguments: argparse.Namespace, cells: dict[str, Any]) -> None:
         speaker = {"online": "the newest policy", "offline": "the first policy"}.get(way, "")
         shown = " | ".join("" if means[figure] == "nan" else means[figure] for figure in SHOWN)
         print(f"| {labels} | {queries if labels else ''} | {speaker} | {shown} |")
+
+
+def apart(arguments: argparse.Namespace, cells: dict[str, Any]) -> str:
+    """How far the judges of two lines lie apart, cell by cell: mean and standard deviation of the differences."""
+    judges = {
+        line: [value for labels in arguments.labels for value in of(cells, line, labels, arguments.seeds, "judge")]
+        for line in arguments.lines
+    }
+    told = []
+    for line, other in combinations(arguments.lines, 2):
+        gaps = [a - b for a, b in zip(judges[line], judges[other], strict=True)]
+        spread = f" ± {statistics.stdev(gaps):.3f}" if len(gaps) > 1 else ""
+        told.append(f"{line} less {other}: {statistics.fmean(gaps):+.3f}{spread}")
+    return "\n".join(told)
 
 
 def draw(arguments: argparse.Namespace, cells: dict[str, Any], path: Path) -> None:
