@@ -143,7 +143,7 @@ def test_frozen_layers_run_once_for_policy_and_reference_and_no_number_changes(v
     found, passes = {}, {}
     for name, kept in {"shared": base.KEPT, "alone": 0}.items():
         monkeypatch.setattr(base, "KEPT", kept)
-        algorithm = moved(examples.built(settings(verb, at, tmp_path, train_layers=1)))
+        algorithm = moved(examples.built(settings(verb, at, tmp_path, train_layers=1, steps=3)))
         counted = []
         lowest = algorithm.policy.base.layers[0]
         lowest.register_forward_hook(lambda *_, counted=counted: counted.append(1))

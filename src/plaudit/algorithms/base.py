@@ -145,8 +145,7 @@ class Algorithm:
     def sharing_trunk(self, batch: Batch) -> Batch:
         """The batch with what frozen layers make of it, for several passes to share, unless that is too much to keep or
         nothing is frozen."""
-        small = batch.tokens.numel() * self.policy.width <= KEPT
-        if batch.trunk is not None or not (self.has_trunk and small):
+        if batch.trunk is not None or not self.has_trunk or batch.tokens.numel() * self.policy.width > KEPT:
             return batch
         return replace(batch, trunk=self.over_trunk(batch))
 
