@@ -39,6 +39,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "pairing.py": (UNIT + "test_pairing.py",),
     "turns.py": (UNIT + "test_turns.py",),
     "reference.py": (RUNS + "test_preference.py",),
+    "algorithms/base.py": (RUNS + "test_kept_trunk.py",),
     "algorithms/sft.py": (RUNS + "test_sft.py",),
     "algorithms/online.py": (RUNS + "test_online.py",),
     "algorithms/ilql.py": (RUNS + "test_ilql.py",),
@@ -960,5 +961,23 @@ FAULTS = [
         "slots.py",
         "positions = (self.end - self.starts).clamp",
         "positions = (self.end - self.starts + 1).clamp",
+    ),
+    Fault(
+        "frozen layers' states of other rows",
+        "algorithms/base.py",
+        "self.trunks |= zip(together, parts, strict=True)",
+        "self.trunks |= zip(together, parts[::-1], strict=True)",
+    ),
+    Fault(
+        "companions that depend on who asks first",
+        "algorithms/base.py",
+        "start = place - place % self.settings.batch_size",
+        "start = place",
+    ),
+    Fault(
+        "dropout that is drawn once for all epochs",
+        "algorithms/base.py",
+        "not self.has_trunk or self.policy.backbone.training or visits",
+        "not self.has_trunk or visits",
     ),
 ]

@@ -93,6 +93,8 @@ def by_keyboard(link: str) -> tuple[list[str], str]:
         while len(pressed) < ANSWERS:
             number = len(pressed)
             sync_api.expect(page.locator("#pace")).to_contain_text(f"{number} of 24")
+            # A key that is pressed before the next question is there answers nothing.
+            sync_api.expect(page.locator("#task")).to_be_visible()
             # A person reads: the longer answer is liked, but for one that is called equal and one that is let be.
             left, right = page.locator("#answers .text").all_inner_texts()
             key = {5: "ArrowUp", 9: "ArrowDown"}.get(number, "ArrowLeft" if len(left) > len(right) else "ArrowRight")

@@ -272,23 +272,23 @@ class FromData(Algorithm):
             return False
         room = KEPT // self.policy.width
         for start in range(0, len(self.data), self.settings.batch_size):
-            room -= self.collate(self.beside(start)).attention.numel()
+            room -= self.collate(self.companions(start)).attention.numel()
             if room < 0:
                 return False
         return True
 
-    def beside(self, place: int) -> list[int]:
+    def companions(self, place: int) -> list[int]:
         """The places of the rows that go through frozen layers together with the one at `place`: always the same, so
         that a run that goes on finds the same bits."""
-        size = self.settings.batch_size
-        return list(range(len(self.data)))[place - place % size :][:size]
+        start = place - place % self.settings.batch_size
+        return list(range(start, min(start + self.settings.batch_size, len(self.data))))
 
     def kept_trunk(self, batch: Batch, places: list[int]) -> Tensor:
         """(B, T, d) what frozen layers make of a batch of the rows at `places`, each of which goes through them once in
         a run."""
         for place in places:
             if place not in self.trunks:
-                together = self.beside(place)
+                together = self.companions(place)
                 rows = self.collate(together).to(self.world.device)
                 trunk = self.over_trunk(rows)
                 lengths = [int(rows.lengths[block].max()) for block in rows.blocks()]
