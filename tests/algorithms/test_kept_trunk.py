@@ -10,13 +10,13 @@ import watched
 from plaudit.algorithms import base
 from plaudit.trainer import Interrupted
 
-KINDS = ["sft", "comparisons", "rankings", "dpo", "kto"]
+KINDS = ["sft", "comparisons", "rankings", "dpo", "kto", "ilql"]
 
 
 def settings(kind, at, output, **changes):
     """A run of three epochs over few rows."""
     given = {"train_layers": 1, "model": str(at / "model"), "epochs": 3, "steps": 0, "batch_size": 4, "save_every": 2}
-    given |= {"dropout": False} if kind not in ("dpo", "kto") else {}
+    given |= {"dropout": False} if kind not in ("dpo", "kto", "ilql") else {}
     return examples.settings(kind, at, output, **{**given, "evaluate_every": 0, "eval_data": None, **changes})
 
 
