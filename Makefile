@@ -29,7 +29,8 @@ type: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.quickstart
-	$(BIN)/python benchmarks/against_trl.py
+	$(BIN)/python benchmarks/against_trl.py --rounds 1
+	$(BIN)/python benchmarks/profile_step.py
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/compiled.py

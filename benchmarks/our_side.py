@@ -95,11 +95,9 @@ class Watch:
         }
 
 
-def main() -> None:
+def run(work: Work, watch: Watch) -> Any:
+    """The finished run, watched."""
     from plaudit import hooks
-
-    work = Work.read(Path(sys.argv[1]))
-    watch = Watch(work)
 
     class Watching(hooks.Progressing):
         def begin(self, trainer: Any) -> None:
@@ -112,9 +110,15 @@ def main() -> None:
 
     hooks.Progressing = Watching  # type: ignore[misc]
     shutil.rmtree(work.output, ignore_errors=True)
-    run = train(settings_of(work))
+    return train(settings_of(work))
+
+
+def main() -> None:
+    work = Work.read(Path(sys.argv[1]))
+    watch = Watch(work)
+    done = run(work, watch)
     if work.keep:
-        losses = [row["loss"] for row in run.metrics() if "loss" in row]
+        losses = [row["loss"] for row in done.metrics() if "loss" in row]
         print(json.dumps({"losses": losses, "tokens": watch.tokens}))
     else:
         print(json.dumps(watch.report()))

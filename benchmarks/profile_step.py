@@ -1,94 +1,191 @@
-"""Where the time of a training step goes: `python benchmarks/profile_step.py [--prompts 4] [--group 8] [--lora 16]`.
+"""Where the time and the memory of a step go: `python benchmarks/profile_step.py [--work grpo ppo dpo ...]
+[--precision bfloat16] [--data ../shared/data]`.
 
-Forward and backward pass of a rollout's shape (96 tokens of prompt, 64 of each answer) through SmolLM2-135M, by kinds
-of operations: a Markdown table with the share of each, from torch's profiler, after two steps without it. The step
-itself is timed without the profiler, beside the operations that it cannot do without and the matrix rate of the same
-run.
+The works are those of `against_trl.py` (its data too), plaudit's side alone, each in a process of its own. The first
+step of a work warms up, the second is timed, the third runs under torch's profiler: a Markdown table with the share of
+each kind of operation in the time of the third step, sampling apart from learning. What is left of the clock is Python,
+and the profiler itself, which makes small operations look longer than they are. A second table says what the memory at
+its peak held: what must be there for AdamW to learn in float32, and the rest.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from statistics import median
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from operations import families, learning, matrix_rate, shape_of
-from plaudit import machine
-from plaudit.batch import Batch, collate
-from plaudit.loading import load_policy
-from plaudit.policy import Policy
-from plaudit.sources import resolve
-from works import WORKS
+from against_trl import prepared
+from our_side import Watch, run
+from plaudit.machine import Guard
+from process import memory_mb
+from works import WORKS, Work
 
-PROMPT, ANSWER = 96, 64
 KINDS = {
-    "matrix products": ("aten::mm", "aten::addmm"),
-    "attention": ("aten::bmm", "aten::_softmax", "aten::_softmax_backward_data", "aten::index_add_", "_Attention"),
-    "conversions and copies": ("aten::copy_",),
-    "exponentials of the vocabulary": ("aten::exp_", "aten::amax", "aten::scatter_add_"),
+    "matrix products": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "mkldnn::_reorder_linear_weight"),
+    "attention": (
+        "aten::bmm",
+        "aten::baddbmm",
+        "aten::_softmax",
+        "aten::_softmax_backward_data",
+        "aten::index_add_",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "_Attention",
+    ),
+    "conversions and copies": ("aten::copy_", "aten::cat", "aten::index"),
+    "vocabulary: exponentials, draws": ("aten::exp_", "aten::exp", "aten::amax", "aten::scatter_add_", "aten::cumsum"),
+    "AdamW": ("aten::_fused_adamw_",),
+    "clipping": ("aten::_foreach_norm", "aten::_foreach_mul_"),
     "fresh zeros": ("aten::fill_", "aten::zero_"),
 }
-
-
-def rows(prompts: int, group: int) -> Batch:
-    """Random tokens: what they are does not matter to the time."""
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(length: int) -> list[int]:
-        return torch.randint(1000, 40000, (length,), generator=generator).tolist()
-
-    asked = [drawn(PROMPT) for _ in range(prompts)]
-    every = [(i, asked[i]) for i in range(prompts) for _ in range(group)]
-    return collate([ids for _, ids in every], [drawn(ANSWER) for _ in every], [i for i, _ in every])
-
-
-def step(policy: Policy, batch: Batch, tokens: int) -> float:
-    """Seconds of both passes over all parts."""
-    start = time.perf_counter()
-    for part, _ in policy.parts(batch, tokens):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = -policy(part).logprobs.sum() / 1000
-        loss.backward()
-    policy.zero_grad(set_to_none=True)
-    return time.perf_counter() - start
+ELSE, OUTSIDE = "norms, rotations, gates, sums", "outside of operations"
+PHASES = ("learning", "sampling")
 
 
 def kind_of(operation: str) -> str:
-    return next((kind for kind, names in KINDS.items() if operation in names), "all else")
+    return next((kind for kind, names in KINDS.items() if operation in names), ELSE)
+
+
+class Profiled(Watch):
+    """A watch that has the last of the work's steps profiled: seconds by phase and kind."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__(work)
+        self.seconds: Counter[tuple[str, str]] = Counter()
+        self.libraries = memory_mb("VmRSS")
+        self._running: tuple[str, profile, float] | None = None
+
+    def begin(self, trainer: Any) -> None:
+        super().begin(trainer)
+        if self.work.sampled:
+            sampler = trainer.algorithm.sampler
+            sampler.sample, sampler.refresh = self._apart(sampler.sample), self._apart(sampler.refresh)
+
+    def after_step(self, trainer: Any) -> None:
+        super().after_step(trainer)
+        done = len(self.marks.ends)
+        if trainer.step % self.work.updates or done < self.work.steps:
+            return
+        if done == self.work.steps:
+            self._enter("learning")
+        else:
+            self._leave()
+            self.held = held(trainer)
+
+    def _apart(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def sampling(*args: Any, **kwargs: Any) -> Any:
+            if self._running is None:
+                return function(*args, **kwargs)
+            self._leave()
+            self._enter("sampling")
+            found = function(*args, **kwargs)
+            self._leave()
+            self._enter("learning")
+            return found
+
+        return sampling
+
+    def _enter(self, phase: str) -> None:
+        profiler = profile(activities=[ProfilerActivity.CPU])
+        profiler.start()
+        self._running = phase, profiler, time.perf_counter()
+
+    def _leave(self) -> None:
+        assert self._running is not None
+        phase, profiler, start = self._running
+        took = time.perf_counter() - start
+        profiler.stop()
+        self._running = None
+        for event in profiler.key_averages():
+            seconds = event.self_cpu_time_total / 1e6
+            self.seconds[phase, kind_of(event.key)] += seconds
+            took -= seconds
+        self.seconds[phase, OUTSIDE] += took
+
+
+def held(trainer: Any) -> dict[str, float]:
+    """MB of what stays from step to step."""
+    policy = trainer.algorithm.policy
+    reference = [part for kept in policy._reference for part in kept.parameters()]
+    moments = [part for state in trainer.optimizer.state.values() for part in state.values() if torch.is_tensor(part)]
+    return {
+        "weights": megabytes(policy.parameters()),
+        "gradients": megabytes(part for part in policy.parameters() if part.requires_grad),
+        "moments": megabytes(moments),
+        "reference": megabytes(reference),
+    }
+
+
+def megabytes(tensors: Iterable[torch.Tensor]) -> float:
+    return sum(part.numel() * part.element_size() for part in tensors) / 1e6
+
+
+def profiled(work: Work) -> dict[str, Any]:
+    """What is printed of one work."""
+    watch = Profiled(work)
+    with Guard() as guard:
+        run(work, watch)
+    found = watch.report()
+    timed = found["seconds"][0]
+    learning = timed - sum(found["sampling"][:1])
+    kept = {"Python and libraries": watch.libraries, **watch.held}
+    return {
+        "seconds": timed,
+        "rate": found["operations"][0] / learning / found["matrix_rate"],
+        "kinds": watch.seconds,
+        "memory": kept | {"all else": found["peak_mb"] - sum(kept.values())},
+        "peak": found["peak_mb"],
+        "others": guard.others,
+    }
+
+
+def table(title: str, rows: dict[str, list[str]], works: list[str]) -> str:
+    lines = [f"| {title} | {' | '.join(works)} |", "|---" * (len(works) + 1) + "|"]
+    return "\n".join(lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()])
+
+
+def times(found: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """The rows of the first table."""
+    rows = {
+        "seconds": [f"{one['seconds']:.2f}" for one in found],
+        "matrix rate, learning": [f"{one['rate']:.0%}" for one in found],
+    }
+    for phase in PHASES:
+        for kind in (*KINDS, ELSE, OUTSIDE):
+            shares = [one["kinds"][phase, kind] / sum(one["kinds"].values()) for one in found]
+            if max(shares) >= 0.005:
+                rows[f"{phase}: {kind}"] = [f"{share:.0%}" if share else "" for share in shares]
+    return rows | {"cores of others": [f"{one['others']:.2f}" for one in found]}
+
+
+def memory(found: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """The rows of the second table."""
+    names = list(found[0]["memory"])
+    rows = {name: [f"{one['memory'][name]:,.0f}" for one in found] for name in names}
+    return rows | {"peak": [f"{one['peak']:,.0f}" for one in found]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--group", type=int, default=8)
-    parser.add_argument("--lora", type=int, default=0)
-    parser.add_argument("--tokens-per-pass", type=int, default=4096)
+    parser.add_argument("--work", nargs="+", choices=WORKS, default=list(WORKS))
+    parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
+    parser.add_argument("--output", type=Path, default=Path("runs/profile_step"))
     options = parser.parse_args()
-    machine.keep_memory()
-    policy = load_policy(resolve("smollm2-135m-instruct", print), precision="bfloat16", lora_rank=options.lora)
-    batch = rows(options.prompts, options.group)
-    with machine.Guard() as guard:
-        for _ in range(2):
-            step(policy, batch, options.tokens_per_pass)
-        seconds = median(step(policy, batch, options.tokens_per_pass) for _ in range(5))
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        step(policy, batch, options.tokens_per_pass)
-    spent = dict.fromkeys([*KINDS, "all else"], 0.0)
-    for event in profiled.key_averages():
-        spent[kind_of(event.key)] += event.self_cpu_time_total
-    rate = matrix_rate("bfloat16")
-    work = replace(WORKS["sft"], lora=options.lora)
-    done = learning(work, shape_of(policy.config, options.lora), [families(batch)])
-    print(
-        f"{seconds:.2f} s, {done / seconds / rate:.0%} of {rate / 1e9:.0f} GFLOP/s; others: {guard.others:.2f} cores\n"
-    )
-    print("| kind | share |\n|---|---|")
-    for kind, part in sorted(spent.items(), key=lambda item: -item[1]):
-        print(f"| {kind} | {part / sum(spent.values()):.0%} |")
+    works = [replace(WORKS[name], steps=2, precision=options.precision) for name in options.work]
+    folder = options.output.resolve()
+    sides = [prepared(work, folder / name, options.data) for name, work in zip(options.work, works, strict=True)]
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        found = list(pool.map(profiled, [side["plaudit"] for side in sides]))
+    print(table("time", times(found), options.work) + "\n\n" + table("memory, MB", memory(found), options.work))
 
 
 if __name__ == "__main__":
