@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 
+from plaudit import machine
 from plaudit.backbone import heads_of, layers_of, load_backbone, logit_transform, tail_of
 from plaudit.batch import Batch, collate
 from plaudit.checks import ACTION_HEADS, check_model, read_config
@@ -64,6 +65,7 @@ def encodes(name: str) -> bool:
         return False
 
 
+@machine.handing_back()
 def load_policy(
     name: str,
     *,
@@ -131,6 +133,7 @@ def _value_head(name: str, width: int, wider: int) -> nn.Linear | Perceptron:
     return head
 
 
+@machine.handing_back()
 def load_reward_model(
     name: str,
     tokenizer: Any,

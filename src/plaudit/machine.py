@@ -9,10 +9,17 @@ import platform
 import resource
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
+
+_KEEPING = {"M_MMAP_MAX": 0, "M_TRIM_THRESHOLD": -1}
+_HANDING_BACK = {"M_MMAP_MAX": 65536, "M_MMAP_THRESHOLD": 2**20}
+_NUMBERS = {"M_TRIM_THRESHOLD": -1, "M_MMAP_THRESHOLD": -3, "M_MMAP_MAX": -4}  # as malloc.h has them
+_kept: list[bool] = []
+"""Not empty once this process keeps its memory."""
 
 
 def processes() -> tuple[int, int]:
@@ -29,10 +36,28 @@ def forget_peak() -> None:
 def keep_memory() -> None:
     """From now on this process's allocator (glibc) keeps what was freed instead of handing it back: the system clears
     each page that it gives out, and a training step would have gigabytes cleared again and again."""
+    _allocate(**_KEEPING)
+    _kept.append(True)
+
+
+@contextmanager
+def handing_back() -> Iterator[None]:
+    """Inside, large blocks go back to the system as soon as they are freed, whether memory is kept or not. Weights that
+    are read in one type and then kept in another would leave holes behind that what is larger does not fit in."""
+    _allocate(**_HANDING_BACK)
+    try:
+        yield
+    finally:
+        if _kept:
+            _allocate(**_KEEPING)
+
+
+def _allocate(**options: int) -> None:
+    """Sets options of glibc's allocator; elsewhere there is nothing to set."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX: no mappings; M_TRIM_THRESHOLD: nothing is given back
-            mallopt(option, value)
+        for name, value in options.items():
+            mallopt(_NUMBERS[name], value)
 
 
 def release() -> None:

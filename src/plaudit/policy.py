@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from plaudit import seq2seq
+from plaudit import machine, seq2seq
 from plaudit.backbone import (
     evaluating,
     layers_of,
@@ -322,6 +322,7 @@ class Policy(nn.Module):
 
     # ----------------------------------------------------------------------------------------------- reference
 
+    @machine.handing_back()
     def keep_reference(self, other: Policy | None = None) -> None:
         """Remembers the present weights as the reference, as cheaply as the way of training allows: an adapter can
         be switched off, a frozen trunk is shared, and only what learns is copied. `other`, a policy of the same make,

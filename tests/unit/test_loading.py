@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -388,3 +390,43 @@ def test_an_encoder_is_no_policy(kind, tmp_path):
     begun = replace(BATCH, tokens=BATCH.tokens.clone())
     begun.tokens[2, 4] = 11
     assert torch.equal(policy(begun).logprobs[2, :4], policy(BATCH).logprobs[2, :4])
+
+
+HOLES = """
+import ctypes, sys
+from plaudit import machine
+from plaudit.loading import load_policy, load_reward_model, load_tokenizer
+
+class Found(ctypes.Structure):
+    NAMES = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in NAMES.split()]
+
+allocator = ctypes.CDLL(None)
+allocator.mallinfo2.restype = Found
+folder, kind = sys.argv[1:]
+tokenizer = load_tokenizer(folder)
+machine.keep_memory()
+if kind == "reference":
+    policy = load_policy(folder, precision="bfloat16")
+    before = allocator.mallinfo2().fordblks
+    policy.keep_reference()
+else:
+    before = allocator.mallinfo2().fordblks
+    if kind == "policy":
+        load_policy(folder, precision="bfloat16", learns=False)
+    else:
+        load_reward_model(folder, tokenizer, precision="bfloat16", learns=False)
+print(allocator.mallinfo2().fordblks - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the allocator of another system")
+@pytest.mark.parametrize("kind", ["policy", "reward", "reference"])
+def test_weights_that_are_kept_in_fewer_bytes_leave_no_holes(kind, tmp_path):
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8}
+    folder = tiny.folder(tmp_path / "float32", "llama", **shape)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    run = subprocess.run([sys.executable, "-c", HOLES, str(tmp_path), kind], capture_output=True, check=True, text=True)
+    assert int(run.stdout.splitlines()[-1]) < 4 * 2**20  # of 32 MB in float32

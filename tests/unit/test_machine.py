@@ -99,3 +99,33 @@ def test_memory_that_was_freed_is_used_again_without_the_system_clearing_it():
         for words in asked
     ]
     assert faults[1] < faults[0] / 4  # each page of 64 MB, whatever their size is here
+
+
+HANDED = """
+from pathlib import Path
+from plaudit import machine
+
+def resident():
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 1024
+
+def left():
+    before = resident()
+    held = bytearray(b"x") * 2**26
+    after = bytearray(b"y") * 2**21
+    del held
+    return resident() - before
+
+machine.keep_memory()
+with machine.handing_back():
+    print(left())
+print(left())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the allocator of another system")
+def test_memory_goes_back_where_it_is_asked_to_and_is_kept_again_afterwards():
+    done = subprocess.run([sys.executable, "-c", HANDED], capture_output=True, check=True, text=True)
+    handed, kept = map(float, done.stdout.split())
+    assert handed < 16  # of 64 MB
+    assert kept > 60
