@@ -37,6 +37,8 @@ def settings_of(work: Work) -> Training:
         "train_layers": work.top,
         "save_every": 0,
     }
+    if work.keep:
+        shared["tokens_per_pass"] = 4096  # whatever memory is free: what is learned shall come out the same
     if not work.sampled:
         kind = {"ipo": "ipo_avg"}.get(work.kind, work.kind)  # TRL's IPO averages over tokens
         return verbs.VERBS[kind](**shared, max_tokens=work.max_tokens)

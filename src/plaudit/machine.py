@@ -71,6 +71,27 @@ def release() -> None:
         trim(0)
 
 
+def bounded(before: float) -> float:
+    """For whoever does the same again and again while memory is kept: lasting blocks come to lie between large ones of
+    ever other sizes, and so holes grow that nothing fits in. Once this process holds half as much again as `before`,
+    in MB, what is free goes back.
+
+    Returns what the next call is to be told: 0 at first, and after something was given back, since what is needed for
+    the same again is known only once it has been done.
+    """
+    now = resident_mb()
+    if before and now > 1.5 * before:
+        release()
+        return 0.0
+    return before or now
+
+
+def resident_mb() -> float:
+    """Resident memory of this process at present, in MB (10^6 bytes); 0 where the system does not say (Linux does)."""
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * resource.getpagesize() / 1e6 if pages.exists() else 0.0
+
+
 def peak_memory_mb() -> float:
     """Most resident memory of this process since `forget_peak`, in MB (10^6 bytes)."""
     if _STATUS.exists():

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from plaudit import checkpoint
+from plaudit import checkpoint, machine
 from plaudit.algorithms.base import Algorithm
 from plaudit.batch import Batch
 from plaudit.errors import PlauditError, SharedError
@@ -102,7 +102,7 @@ class Trainer:
                 hook.end(self)
 
     def _loop(self, algorithm: Algorithm) -> None:
-        start = time.perf_counter()
+        start, held = time.perf_counter(), 0.0
         batches = algorithm.batches()
         while self.step < self.steps:
             batch = self._learn(algorithm, batches)
@@ -113,6 +113,7 @@ class Trainer:
             start = now
             self._snapshot()
             self._after_step()
+            held = machine.bounded(held)
             if self.world.stop_requested(bool(self._signal)):
                 raise Interrupted(self._signal or signal.SIGTERM, self.step)
 

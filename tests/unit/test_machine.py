@@ -129,3 +129,37 @@ def test_memory_goes_back_where_it_is_asked_to_and_is_kept_again_afterwards():
     handed, kept = map(float, done.stdout.split())
     assert handed < 16  # of 64 MB
     assert kept > 60
+
+
+HOLES = """
+from plaudit import machine
+
+machine.keep_memory()
+before = machine.bounded(0.0)
+blocks = [bytearray(b"x") * size for _ in range(8) for size in (2**24, 2**16)]
+del blocks[::2]
+print(machine.resident_mb() - before)
+print(machine.bounded(before))
+print(machine.resident_mb() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the allocator of another system")
+def test_holes_between_what_lasts_go_back_to_the_system():
+    """Of eight blocks of 16 MB, with small ones between them."""
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, check=True, text=True)
+    held, told, left = map(float, done.stdout.split())
+    assert held > 128
+    assert told == 0
+    assert left < 16
+
+
+def test_what_is_held_is_compared_with_what_the_same_took_before(monkeypatch):
+    given = []
+    monkeypatch.setattr(machine, "release", lambda: given.append(True))
+    before, told = 0.0, []
+    for now in (100.0, 149.0, 151.0, 120.0, 175.0, 181.0):
+        monkeypatch.setattr(machine, "resident_mb", lambda now=now: now)
+        before = machine.bounded(before)
+        told.append((before, len(given)))
+    assert told == [(100.0, 0), (100.0, 0), (0.0, 1), (120.0, 1), (120.0, 1), (0.0, 2)]

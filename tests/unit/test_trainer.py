@@ -9,6 +9,7 @@ import pytest
 import examples
 import plaudit
 import watched
+from plaudit import machine
 from plaudit.errors import PlauditError
 from plaudit.trainer import Trainer, _optimizer
 
@@ -109,6 +110,18 @@ def test_gradients_are_scaled_down_to_the_norm_asked_for(at, tmp_path):
         moves[norm] = plaudit.train(settings).metrics()[1]
     # The norm that is logged is the one before scaling.
     assert moves[0.0]["gradient_norm"] == moves[1e-4]["gradient_norm"] == moves[1e6]["gradient_norm"] > 0.1
+
+
+def test_memory_is_looked_at_after_each_step(at, tmp_path, monkeypatch):
+    told = []
+
+    def bounded(before):
+        told.append(before)
+        return before + 1.0
+
+    monkeypatch.setattr(machine, "bounded", bounded)
+    plaudit.train(examples.settings("sft", at, tmp_path / "run", steps=3, dropout=False))
+    assert told == [0.0, 1.0, 2.0]
 
 
 def test_a_batch_with_nothing_to_learn_from_moves_nothing(at, tmp_path, monkeypatch):
