@@ -5,7 +5,7 @@ The works are those of `against_trl.py` (its data too), plaudit's side alone, ea
 step of a work warms up, the second is timed, the third runs under torch's profiler: a Markdown table with the share of
 each kind of operation in the time of the third step, sampling apart from learning. What is left of the clock is Python,
 and the profiler itself, which makes small operations look longer than they are. A second table says what the memory at
-its peak held: what must be there for AdamW to learn in float32, and the rest.
+its peak, until the second step has ended, held: what must be there for AdamW to learn in float32, and the rest.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from against_trl import prepared
 from our_side import Watch, run
+from plaudit import machine
 from plaudit.machine import Guard
 from process import memory_mb
 from works import WORKS, Work
@@ -75,10 +76,11 @@ class Profiled(Watch):
         if trainer.step % self.work.updates or done < self.work.steps:
             return
         if done == self.work.steps:
+            self.peak, self.held = self.marks.peak, held(trainer)
+            machine.bounded = lambda before: before  # what the profiler remembers is no fault of the run's
             self._enter("learning")
         else:
             self._leave()
-            self.held = held(trainer)
 
     def _apart(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def sampling(*args: Any, **kwargs: Any) -> Any:
@@ -141,8 +143,8 @@ def profiled(work: Work) -> dict[str, Any]:
         "seconds": timed,
         "rate": found["operations"][0] / learning / found["matrix_rate"],
         "kinds": watch.seconds,
-        "memory": kept | {"all else": found["peak_mb"] - sum(kept.values())},
-        "peak": found["peak_mb"],
+        "memory": kept | {"all else": watch.peak - sum(kept.values())},
+        "peak": watch.peak,
         "others": guard.others,
     }
 
