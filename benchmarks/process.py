@@ -13,9 +13,9 @@ def seconds_since_start() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(after_name[19]) / os.sysconf("SC_CLK_TCK")
 
 
-def memory_mb(field: str = "VmHWM") -> float:
-    """Resident memory of this process, in MB (10^6 bytes): VmHWM, the most so far, or VmRSS, at present."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+def peak_memory_mb() -> float:
+    """Most resident memory of this process so far, in MB (10^6 bytes)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024 / 1e6
 
 
@@ -50,7 +50,7 @@ class Marks:
         self.ends.append(time.perf_counter())
         self.sampling.append(self._sampled)
         self._sampled = 0.0
-        self.peak = memory_mb()
+        self.peak = peak_memory_mb()
 
     def report(self) -> dict[str, object]:
         """The first step is a warm-up: only its end counts, as the beginning of the second."""

@@ -26,8 +26,6 @@ from torch.profiler import ProfilerActivity, profile
 from against_trl import prepared
 from our_side import Watch, run
 from plaudit import machine
-from plaudit.machine import Guard
-from process import memory_mb
 from works import WORKS, Work
 
 KINDS = {
@@ -44,7 +42,6 @@ KINDS = {
     "conversions and copies": ("aten::copy_", "aten::cat", "aten::index"),
     "vocabulary: exponentials, draws": ("aten::exp_", "aten::exp", "aten::amax", "aten::scatter_add_", "aten::cumsum"),
     "AdamW": ("aten::_fused_adamw_",),
-    "clipping": ("aten::_foreach_norm", "aten::_foreach_mul_"),
     "fresh zeros": ("aten::fill_", "aten::zero_"),
 }
 ELSE, OUTSIDE = "norms, rotations, gates, sums", "outside of operations"
@@ -61,7 +58,7 @@ class Profiled(Watch):
     def __init__(self, work: Work) -> None:
         super().__init__(work)
         self.seconds: Counter[tuple[str, str]] = Counter()
-        self.libraries = memory_mb("VmRSS")
+        self.libraries = machine.resident_mb()
         self._running: tuple[str, profile, float] | None = None
 
     def begin(self, trainer: Any) -> None:
@@ -133,7 +130,7 @@ def megabytes(tensors: Iterable[torch.Tensor]) -> float:
 def profiled(work: Work) -> dict[str, Any]:
     """What is printed of one work."""
     watch = Profiled(work)
-    with Guard() as guard:
+    with machine.Guard() as guard:
         run(work, watch)
     found = watch.report()
     timed = found["seconds"][0]

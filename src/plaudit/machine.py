@@ -18,8 +18,8 @@ _STATUS = Path("/proc/self/status")
 _KEEPING = {"M_MMAP_MAX": 0, "M_TRIM_THRESHOLD": -1}
 _HANDING_BACK = {"M_MMAP_MAX": 65536, "M_MMAP_THRESHOLD": 2**20}
 _NUMBERS = {"M_TRIM_THRESHOLD": -1, "M_MMAP_THRESHOLD": -3, "M_MMAP_MAX": -4}  # as malloc.h has them
-_kept: list[bool] = []
-"""Not empty once this process keeps its memory."""
+_usual: dict[str, int] = {}
+"""What this process's allocator is told outside of `handing_back`: nothing until memory is kept."""
 
 
 def processes() -> tuple[int, int]:
@@ -36,8 +36,8 @@ def forget_peak() -> None:
 def keep_memory() -> None:
     """From now on this process's allocator (glibc) keeps what was freed instead of handing it back: the system clears
     each page that it gives out, and a training step would have gigabytes cleared again and again."""
-    _allocate(**_KEEPING)
-    _kept.append(True)
+    _usual.update(_KEEPING)
+    _allocate(**_usual)
 
 
 @contextmanager
@@ -48,8 +48,7 @@ def handing_back() -> Iterator[None]:
     try:
         yield
     finally:
-        if _kept:
-            _allocate(**_KEEPING)
+        _allocate(**_usual)
 
 
 def _allocate(**options: int) -> None:
@@ -80,7 +79,7 @@ def bounded(before: float) -> float:
     the same again is known only once it has been done.
     """
     now = resident_mb()
-    if before and now > 1.5 * before:
+    if _usual and before and now > 1.5 * before:
         release()
         return 0.0
     return before or now
