@@ -2,10 +2,12 @@
 [--precision bfloat16] [--data ../shared/data]`.
 
 The works are those of `against_trl.py` (its data too), plaudit's side alone, each in a process of its own. The first
-step of a work warms up, the second is timed, the third runs under torch's profiler: a Markdown table with the share of
-each kind of operation in the time of the third step, sampling apart from learning. What is left of the clock is Python,
-and the profiler itself, which makes small operations look longer than they are. A second table says what the memory at
-its peak, until the second step has ended, held: what must be there for AdamW to learn in float32, and the rest.
+step of a work warms up, three are timed, and in a fifth every operation is: a Markdown table with the share of each
+kind of operation in the time of the fifth step, sampling apart from learning. What is left of the clock is Python, and
+the timing itself, which makes small operations look longer than they are. torch's own profiler is of no use here: what
+it remembers comes to lie between the tensors, so that large ones no longer find a place, and half of what it then sees
+is fresh memory. A second table says what the memory at its peak, until the fourth step has ended, held: what must be
+there for AdamW to learn in float32, and the rest.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from against_trl import prepared
 from our_side import Watch, run
@@ -33,16 +36,17 @@ KINDS = {
     "attention": (
         "aten::bmm",
         "aten::baddbmm",
-        "aten::_softmax",
+        "aten::matmul",
+        "aten::softmax",
         "aten::_softmax_backward_data",
+        "aten::scaled_dot_product_attention",
+        "aten::index_select",
         "aten::index_add_",
-        "aten::_scaled_dot_product_flash_attention_for_cpu",
-        "_Attention",
     ),
-    "conversions and copies": ("aten::copy_", "aten::cat", "aten::index"),
+    "conversions and copies": ("aten::_to_copy", "aten::to", "aten::copy_", "aten::cat", "aten::clone"),
     "vocabulary: exponentials, draws": ("aten::exp_", "aten::exp", "aten::amax", "aten::scatter_add_", "aten::cumsum"),
-    "AdamW": ("aten::_fused_adamw_",),
-    "fresh zeros": ("aten::fill_", "aten::zero_"),
+    "AdamW, clipping": ("aten::_fused_adamw_", "aten::_foreach_norm", "aten::_foreach_mul_"),
+    "embedding's gradient": ("aten::embedding_dense_backward",),
 }
 ELSE, OUTSIDE = "norms, rotations, gates, sums", "outside of operations"
 PHASES = ("learning", "sampling")
@@ -52,14 +56,30 @@ def kind_of(operation: str) -> str:
     return next((kind for kind, names in KINDS.items() if operation in names), ELSE)
 
 
+class Timed(TorchDispatchMode):
+    """Adds up the seconds of every operation, by phase and kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = PHASES[0]
+        self.seconds: Counter[tuple[str, str]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        start = time.perf_counter()
+        found = func(*args, **(kwargs or {}))
+        self.seconds[self.phase, kind_of(func._schema.name)] += time.perf_counter() - start
+        return found
+
+
 class Profiled(Watch):
-    """A watch that has the last of the work's steps profiled: seconds by phase and kind."""
+    """A watch that has every operation of the last of the work's steps timed."""
 
     def __init__(self, work: Work) -> None:
         super().__init__(work)
-        self.seconds: Counter[tuple[str, str]] = Counter()
+        self.timed = Timed()
+        self.clock: Counter[str] = Counter()
         self.libraries = machine.resident_mb()
-        self._running: tuple[str, profile, float] | None = None
+        self._since = 0.0
 
     def begin(self, trainer: Any) -> None:
         super().begin(trainer)
@@ -74,40 +94,33 @@ class Profiled(Watch):
             return
         if done == self.work.steps:
             self.peak, self.held = self.marks.peak, held(trainer)
-            machine.bounded = lambda before: before  # what the profiler remembers is no fault of the run's
-            self._enter("learning")
+            self.timed.__enter__()
+            self._since = time.perf_counter()
         else:
-            self._leave()
+            self._turn("")
+            self.timed.__exit__(None, None, None)
 
     def _apart(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def sampling(*args: Any, **kwargs: Any) -> Any:
-            if self._running is None:
-                return function(*args, **kwargs)
-            self._leave()
-            self._enter("sampling")
+            self._turn("sampling")
             found = function(*args, **kwargs)
-            self._leave()
-            self._enter("learning")
+            self._turn("learning")
             return found
 
         return sampling
 
-    def _enter(self, phase: str) -> None:
-        profiler = profile(activities=[ProfilerActivity.CPU])
-        profiler.start()
-        self._running = phase, profiler, time.perf_counter()
+    def _turn(self, phase: str) -> None:
+        if self._since:
+            now = time.perf_counter()
+            self.clock[self.timed.phase] += now - self._since
+            self.timed.phase, self._since = phase, now
 
-    def _leave(self) -> None:
-        assert self._running is not None
-        phase, profiler, start = self._running
-        took = time.perf_counter() - start
-        profiler.stop()
-        self._running = None
-        for event in profiler.key_averages():
-            seconds = event.self_cpu_time_total / 1e6
-            self.seconds[phase, kind_of(event.key)] += seconds
-            took -= seconds
-        self.seconds[phase, OUTSIDE] += took
+    def shares(self) -> dict[tuple[str, str], float]:
+        """By phase and kind, of the time that the step took while it was looked at."""
+        found = dict(self.timed.seconds)
+        for phase, seconds in self.clock.items():
+            found[phase, OUTSIDE] = seconds - sum(own for (at, _), own in self.timed.seconds.items() if at == phase)
+        return {key: seconds / sum(self.clock.values()) for key, seconds in found.items()}
 
 
 def held(trainer: Any) -> dict[str, float]:
@@ -133,13 +146,13 @@ def profiled(work: Work) -> dict[str, Any]:
     with machine.Guard() as guard:
         run(work, watch)
     found = watch.report()
-    timed = found["seconds"][0]
-    learning = timed - sum(found["sampling"][:1])
+    sampling = found["sampling"] or [0.0] * work.steps
+    steps = list(zip(found["seconds"], sampling, found["operations"], strict=True))[:-1]
     kept = {"Python and libraries": watch.libraries, **watch.held}
     return {
-        "seconds": timed,
-        "rate": found["operations"][0] / learning / found["matrix_rate"],
-        "kinds": watch.seconds,
+        "seconds": median(seconds for seconds, _, _ in steps),
+        "rate": median(done / (seconds - drawing) for seconds, drawing, done in steps) / found["matrix_rate"],
+        "shares": watch.shares(),
         "memory": kept | {"all else": watch.peak - sum(kept.values())},
         "peak": watch.peak,
         "others": guard.others,
@@ -159,7 +172,7 @@ def times(found: list[dict[str, Any]]) -> dict[str, list[str]]:
     }
     for phase in PHASES:
         for kind in (*KINDS, ELSE, OUTSIDE):
-            shares = [one["kinds"][phase, kind] / sum(one["kinds"].values()) for one in found]
+            shares = [one["shares"].get((phase, kind), 0.0) for one in found]
             if max(shares) >= 0.005:
                 rows[f"{phase}: {kind}"] = [f"{share:.0%}" if share else "" for share in shares]
     return rows | {"cores of others": [f"{one['others']:.2f}" for one in found]}
@@ -179,7 +192,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
     parser.add_argument("--output", type=Path, default=Path("runs/profile_step"))
     options = parser.parse_args()
-    works = [replace(WORKS[name], steps=2, precision=options.precision) for name in options.work]
+    works = [replace(WORKS[name], steps=4, precision=options.precision) for name in options.work]
     folder = options.output.resolve()
     sides = [prepared(work, folder / name, options.data) for name, work in zip(options.work, works, strict=True)]
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
