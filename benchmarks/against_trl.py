@@ -182,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", nargs="+", choices=WORKS, default=list(WORKS))
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="to be timed, instead of those that `works.py` gives each work")
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--data", type=Path, default=HERE.parents[1] / "shared" / "data")
     parser.add_argument("--tuned-allocator", action="store_true")
@@ -192,7 +192,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     results = []
     for name in options.work:
-        work = replace(WORKS[name], steps=options.steps, precision=options.precision)
+        work = replace(WORKS[name], steps=options.steps or WORKS[name].steps, precision=options.precision)
         results.append(measure(name, work, options.rounds, folder, options.data, options.tuned_allocator))
         options.output.write_text(json.dumps(results, indent=1))
         print(table(results[-1]) + "\n", flush=True)

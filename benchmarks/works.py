@@ -25,7 +25,8 @@ class Work:
     epochs         over a rollout
     lora, top      rank of adapters, and how many of the last layers learn (0: all), which TRL has no word for
     micro          rows (or pairs) that go through TRL's model at once (see above); the gradient is the whole batch's
-    steps          that are timed, after one that is not: optimizer steps, or rollouts with all that is learned of them
+    steps          that are timed, after one that is not: optimizer steps, or rollouts with all that is learned of them.
+                   Where they are short, more: what a process does once, such as growing, falls into the first two
     model, rewards folders; data, a file of JSON lines; output, a folder that is this side's own
     precision      "bfloat16": autocast over float32 weights that learn
     falls          whether the learning rate rises over a tenth of the steps and falls to zero, or stays as it is
@@ -83,9 +84,9 @@ WORKS = {
     "grpo_lora": Work("grpo", learning_rate=1e-5, lora=16, **_GRPO),
     "ppo": Work("ppo", learning_rate=1e-6, **_PPO),
     "ppo_top8": Work("ppo", learning_rate=1e-6, top=8, **_PPO),
-    "dpo": Work("dpo", batch=4, max_tokens=512, learning_rate=1e-6, micro=1),
-    "dpo_lora": Work("dpo", batch=4, max_tokens=512, learning_rate=1e-5, lora=16, micro=1),
-    "reward": Work("reward", batch=8, max_tokens=512, learning_rate=1e-6, micro=2),
+    "dpo": Work("dpo", batch=4, max_tokens=512, learning_rate=1e-6, micro=1, steps=6),
+    "dpo_lora": Work("dpo", batch=4, max_tokens=512, learning_rate=1e-5, lora=16, micro=1, steps=6),
+    "reward": Work("reward", batch=8, max_tokens=512, learning_rate=1e-6, micro=2, steps=6),
     "kto": Work("kto", batch=8, max_tokens=512, learning_rate=1e-6, micro=8),
-    "sft": Work("sft", batch=8, max_tokens=256, learning_rate=1e-5, micro=2),
+    "sft": Work("sft", batch=8, max_tokens=256, learning_rate=1e-5, micro=2, steps=6),
 }

@@ -297,10 +297,16 @@ def fingerprint(tensor: Tensor) -> tuple[int, ...] | None:
     return (tensor.data_ptr(), *tensor.shape, int(torch.dot(words, words)))
 
 
-def draw(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def warmed(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """Logits (B, V) over the temperature, one number or (B,), in float32 or wider."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide / (temperature[:, None].to(wide) if isinstance(temperature, Tensor) else temperature)
+
+
+def draw(logits: Tensor, uniforms: Tensor, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
     """Draw one index of each row from softmax(logits / temperature) by the inverse of its distribution function.
 
-    logits (B, V), -inf where forbidden; uniforms (B,) float64 in [0, 1).
+    logits (B, V), -inf where forbidden; uniforms (B,) float64 in [0, 1); temperature above 0, one number or (B,).
     Returns ids (B,): the first index whose cumulated probability exceeds the uniform, never one of
     probability 0, and the log-probabilities (B,) float64 of these.
 
@@ -314,7 +320,7 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> tuple[Te
     before = F.pad(cumulated, (1, 0)).gather(1, block)
     places = block * BLOCK + torch.arange(BLOCK, device=logits.device)
     beyond = places >= logits.shape[1]
-    near = logits.gather(1, places.clamp(max=logits.shape[1] - 1)).to(peak.dtype) / temperature - peak
+    near = warmed(logits.gather(1, places.clamp(max=logits.shape[1] - 1)), temperature) - peak
     inside = near.exp().masked_fill(beyond, 0).double().cumsum(1)
     # The block's sum was rounded: what is left of the target must stay below what the block really holds.
     rest = torch.minimum(target - before, torch.nextafter(inside[:, -1:], torch.zeros_like(target)))
@@ -330,9 +336,9 @@ def scored(logits: Tensor, ids: Tensor) -> Tensor:
     return (chosen.double() - sums.sum(1, keepdim=True).log())[:, 0]
 
 
-def _sums(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Of logits (B, V) / temperature: the largest (B, 1), in float32 or wider, and the sums (B, blocks) float64 of
-    exp(logit - largest) over blocks of `BLOCK` entries.
+def _sums(logits: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Of logits (B, V) over the temperature, one number or (B,): the largest (B, 1), in float32 or wider, and the sums
+    (B, blocks) float64 of exp(logit - largest) over blocks of `BLOCK` entries.
 
     On the CPU a few rows at a time, in the same memory: fresh memory of the size of all logits costs more than the
     exponentials."""
@@ -341,9 +347,11 @@ def _sums(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     dtype, blocks = torch.promote_types(logits.dtype, torch.float32), -(-vocabulary // BLOCK)
     scratch = torch.zeros(min(step, size), blocks * BLOCK, dtype=dtype, device=logits.device)
     peaks, sums = [], []
-    for rows in logits.split(step):
+    for number, rows in enumerate(logits.split(step)):
         weights = scratch[: len(rows), :vocabulary].copy_(rows)
-        if temperature != 1:
+        if isinstance(temperature, Tensor):
+            weights.div_(temperature[number * step :][: len(rows), None].to(dtype))
+        elif temperature != 1:
             weights.div_(temperature)
         peaks.append(weights.amax(1, keepdim=True))
         weights.sub_(peaks[-1]).exp_()

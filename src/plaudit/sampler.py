@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from plaudit.budget import retried
-from plaudit.decoding import Shadow, draw, keep_likely, scored
+from plaudit.decoding import Shadow, draw, keep_likely, scored, warmed
 from plaudit.errors import PlauditError
 from plaudit.seq2seq import Decoder
 from plaudit.slots import Slots
@@ -21,7 +21,7 @@ class Sampling:
     """How a completion is drawn and when it ends.
 
     max_new_tokens  the limit; a row that reaches it without ending is `truncated`
-    temperature     divides the logits; 0 takes the likeliest token
+    temperature     divides the logits; 0 takes the likeliest token. One number, or one for each prompt in turn
     stop_ids        tokens that end a row; the token is kept, since choosing it was an action
     stop_strings    texts that end a row after the token that completes them
     min_new_tokens  a row does not end before it has this many: until then, stop tokens can't be drawn
@@ -29,7 +29,7 @@ class Sampling:
     """
 
     max_new_tokens: int = 64
-    temperature: float = 1.0
+    temperature: float | tuple[float, ...] = 1.0
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     min_new_tokens: int = 0
@@ -37,9 +37,10 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        coldest = min(self.temperature, default=0.0) if isinstance(self.temperature, tuple) else self.temperature
         rules = [
             (self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}: give at least 1"),
-            (self.temperature >= 0, f"temperature is {self.temperature}: give 0 (greedy) or more"),
+            (coldest >= 0, f"temperature is {self.temperature}: give 0 (greedy) or more"),
             (self.top_k >= 0, f"top_k is {self.top_k}: give 0 (all tokens) or more"),
             (0 < self.top_p <= 1, f"top_p is {self.top_p}: give a number above 0 and at most 1"),
             (
@@ -51,12 +52,6 @@ class Sampling:
         for holds, message in rules:
             if not holds:
                 raise PlauditError(message)
-
-    @property
-    def mirrored(self) -> bool:
-        """Whether a loss that knows the temperature alone recomputes the log-probabilities of these samples."""
-        filtered = self.top_k > 0 or self.top_p < 1 or (self.min_new_tokens > 1 and bool(self.stop_ids))
-        return self.temperature > 0 and not filtered
 
 
 @dataclass(frozen=True)
@@ -148,7 +143,7 @@ class LocalSampler:
         other rows end nor on how many are decoded at once.
 
         Raises PlauditError for an empty prompt, for prompts that leave no room for `max_new_tokens` in the
-        model's context, and for stop strings without `decode`.
+        model's context, for stop strings without `decode`, and for temperatures that are not one for each prompt.
         """
         self._check(prompts, sampling)
         size = len(prompts) * n
@@ -182,6 +177,9 @@ class LocalSampler:
     def _check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         if sampling.stop_strings and self._decode is None:
             raise PlauditError("stop_strings need text to search: give the sampler `decode`, or use stop_ids")
+        given = sampling.temperature
+        if isinstance(given, tuple) and len(given) != len(prompts):
+            raise PlauditError(f"there are {len(given)} temperatures for {len(prompts)} prompts: give one, or one each")
         config = self._shadow.module.config
         limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
         for i, prompt in enumerate(prompts):
@@ -238,6 +236,11 @@ class _Rows:
         size, device = len(uniforms), uniforms.device
         self.sampling, self.decode = sampling, decode
         self.empty = size
+        self.temperature = sampling.temperature
+        if isinstance(sampling.temperature, tuple):
+            each = torch.tensor(sampling.temperature, dtype=torch.float64, device=device)
+            each = each.repeat_interleave(size // max(len(each), 1))
+            self.temperature = torch.cat([each, each.new_ones(1)])
         self.uniforms = torch.cat([uniforms, uniforms.new_zeros(1, uniforms.shape[1])])
         self.tokens = torch.zeros(self.uniforms.shape, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros_like(self.uniforms)
@@ -253,7 +256,10 @@ class _Rows:
         early = place + 1 < sampling.min_new_tokens
         if sampling.min_new_tokens > 1 and len(self.stop_ids):
             logits[:, self.stop_ids] = logits[:, self.stop_ids].masked_fill(early[:, None], -torch.inf)
-        ids, logprobs = _choose(logits, sampling, self.uniforms[rows, place])
+        temperature = self.temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature[rows]
+        ids, logprobs = _choose(logits, sampling, temperature, self.uniforms[rows, place])
         self.tokens[rows, place], self.logprobs[rows, place] = ids, logprobs
         self.lengths[rows] = place + 1
         self.lengths[self.empty] = 0
@@ -283,12 +289,25 @@ class _Rows:
         return Sampled(tokens, logprobs, cut)
 
 
-def _choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Next tokens (n,) and their log-probabilities (n,) float64, from logits (n, V) of any precision."""
-    if sampling.temperature == 0:
-        best = logits.argmax(1)
-        return best, scored(logits, best)
+def _choose(logits: Tensor, sampling: Sampling, temperature: float | Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Next tokens (n,) and their log-probabilities (n,) float64, from logits (n, V) of any precision; temperature is
+    one number or (n,)."""
+    if isinstance(temperature, Tensor):
+        warm = temperature > 0
+        drawn = _drawn(logits, sampling, temperature.where(warm, 1.0), uniforms)
+        if bool(warm.all()):
+            return drawn
+        ids, logprobs = (torch.where(warm, a, b) for a, b in zip(drawn, _best(logits), strict=True))
+        return ids, logprobs
+    return _drawn(logits, sampling, temperature, uniforms) if temperature > 0 else _best(logits)
+
+
+def _best(logits: Tensor) -> tuple[Tensor, Tensor]:
+    best = logits.argmax(1)
+    return best, scored(logits, best)
+
+
+def _drawn(logits: Tensor, sampling: Sampling, temperature: float | Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     if sampling.top_k == 0 and sampling.top_p == 1:
-        return draw(logits, uniforms, sampling.temperature)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) / sampling.temperature
-    return draw(keep_likely(wide, sampling.top_k, sampling.top_p), uniforms)
+        return draw(logits, uniforms, temperature)
+    return draw(keep_likely(warmed(logits, temperature), sampling.top_k, sampling.top_p), uniforms)

@@ -14,8 +14,10 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import tiny
+from plaudit import decoding
 from plaudit.decoding import PackedLinear, Shadow, SlabLayer, draw, fingerprint, keep_likely, packable
 from plaudit.errors import PlauditError
+from plaudit.numerics import token_logprobs
 from plaudit.sampler import LocalSampler, Sampled, Sampling
 
 KINDS = ["llama", "gpt2"]
@@ -105,6 +107,45 @@ def test_logprobs_are_the_learners_b36(kind, temperature):
         exact = scores(model, PROMPTS[i // 4], completion, temperature)
         chosen = exact.gather(1, torch.tensor(completion)[:, None])[:, 0]
         np.testing.assert_allclose(logprobs, chosen, atol=1e-4)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 9}])
+@pytest.mark.parametrize("rows", [2, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_each_prompt_has_its_temperature_b36(dtype, rows, filters, monkeypatch):
+    monkeypatch.setattr(decoding, "SCRATCH", 600)  # two rows of logits at a time
+    model = tiny.model("llama", initializer_range=0.3).to(dtype)
+    temperatures = (0.7, 0.0, 1.6)
+
+    def drawn(temperature):
+        sampling = Sampling(9, temperature=temperature, stop_ids=tuple(range(0, END, 9)), **filters)
+        return LocalSampler(model, rows=rows).sample(PROMPTS, sampling, 3, seeded())
+
+    found = drawn(temperatures)
+    for i, temperature in enumerate(temperatures):
+        alone = drawn(temperature)
+        assert found.completions[3 * i : 3 * i + 3] == alone.completions[3 * i : 3 * i + 3]
+        for row, other in zip(found.logprobs[3 * i : 3 * i + 3], alone.logprobs[3 * i : 3 * i + 3], strict=True):
+            np.testing.assert_allclose(row, other, atol=1e-9 if dtype == torch.float64 else 1e-5)
+    assert found.completions[3] == found.completions[4] == found.completions[5]
+    assert found.logprobs[:3] != drawn(1.6).logprobs[:3]
+
+
+def test_a_head_with_the_temperatures_of_its_rows_says_the_same_b36():
+    model = tiny.model("llama", initializer_range=0.3)
+    temperatures = (0.6, 1.0, 1.7)
+    found = LocalSampler(model).sample(PROMPTS, Sampling(8, temperature=temperatures), 2, seeded())
+    states, targets, each = [], [], []
+    for i, completion in enumerate(found.completions):
+        prompt = PROMPTS[i // 2]
+        with torch.no_grad():
+            hidden = model.model(torch.tensor([[*prompt, *completion]])).last_hidden_state[0]
+        states.append(hidden[len(prompt) - 1 : -1])
+        targets += completion
+        each += [temperatures[i // 2]] * len(completion)
+    head = model.get_output_embeddings().weight
+    own, _ = token_logprobs(torch.cat(states), head, torch.tensor(targets), temperature=torch.tensor(each))
+    np.testing.assert_allclose(np.concatenate(found.logprobs), own.detach(), atol=1e-4)
 
 
 @pytest.mark.parametrize("room", [4, 128])
@@ -240,6 +281,8 @@ def test_what_is_refused():
     assert len(sampler.sample([[1] * 249], Sampling(8), 1, seeded()).completions[0]) == 8
     with pytest.raises(PlauditError, match="decode"):
         sampler.sample([[1]], Sampling(4, stop_strings=("x",)), 1, seeded())
+    with pytest.raises(PlauditError, match="there are 2 temperatures for 1 prompts"):
+        sampler.sample([[1]], Sampling(4, temperature=(1.0, 0.5)), 1, seeded())
     mamba = transformers.MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, state_size=2)
     recurrent = LocalSampler(AutoModelForCausalLM.from_config(mamba))
     with pytest.raises(PlauditError, match=r"Mamba.*past_key_values"):
@@ -251,6 +294,7 @@ def test_what_is_refused():
     [
         ("max_new_tokens", 0),
         ("temperature", -0.1),
+        ("temperature", (1.0, -0.1)),
         ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", 1.5),
@@ -264,13 +308,8 @@ def test_settings_that_make_no_sense(field, value):
 
 
 def test_no_prompts_give_no_rows():
-    assert LocalSampler(learner("llama")).sample([], Sampling(4), 3, seeded()) == Sampled([], [], [])
-
-
-def test_which_samples_a_loss_can_mirror():
-    assert Sampling(temperature=0.7, stop_ids=(1,), stop_strings=("a",)).mirrored
-    others = [{"temperature": 0}, {"top_k": 5}, {"top_p": 0.9}, {"min_new_tokens": 2, "stop_ids": (1,)}]
-    assert not any(Sampling(**changes).mirrored for changes in others)
+    sampler = LocalSampler(learner("llama"))
+    assert sampler.sample([], Sampling(4), 3, seeded()) == Sampled([], [], [])
 
 
 # The draw
