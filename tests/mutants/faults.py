@@ -385,6 +385,12 @@ FAULTS = [
         "block = (cumulated <= target).sum(1, keepdim=True)",
         "block = (cumulated < target).sum(1, keepdim=True).clamp(max=cumulated.shape[1] - 2)",
     ),
+    Fault(
+        "every few rows have the temperatures of the first",
+        "decoding.py",
+        "temperature[number * step :][: len(rows), None]",
+        "temperature[: len(rows), None]",
+    ),
     # -------------------------------------------------------------------------------------------------- preferences
     Fault(
         "DPO swaps its labels",
@@ -930,6 +936,12 @@ FAULTS = [
         "layers.py",
         "silu_backward(gradient * up, gate)",
         "silu_backward(gradient, gate)",
+    ),
+    Fault(
+        "the last product of a layer learns from the swish alone",
+        "layers.py",
+        "_into_weight(gradient, swish * up, weight)",
+        "_into_weight(gradient, swish, weight)",
     ),
     Fault("adapters without their scale", "layers.py", "alpha=module.scaling[name]", "alpha=1.0"),
     Fault(
