@@ -98,6 +98,7 @@ class Profiled(Watch):
             self._since = time.perf_counter()
         else:
             self._turn("")
+            self._since = 0.0
             self.timed.__exit__(None, None, None)
 
     def _apart(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from plaudit.fused import FusedLayer, Product, adapters_of, fusable
+from plaudit.numerics import warmed
 from plaudit.sharding import assembled
 
 BLOCK = 256
@@ -295,12 +296,6 @@ def fingerprint(tensor: Tensor) -> tuple[int, ...] | None:
     whole = flat.numel() * flat.element_size() % 8 == 0 and flat.data_ptr() % 8 == 0
     words = flat.view(torch.int64) if whole else flat.view(torch.uint8).to(torch.int64)
     return (tensor.data_ptr(), *tensor.shape, int(torch.dot(words, words)))
-
-
-def warmed(logits: Tensor, temperature: float | Tensor) -> Tensor:
-    """Logits (B, V) over the temperature, one number or (B,), in float32 or wider."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return wide / (temperature[:, None].to(wide) if isinstance(temperature, Tensor) else temperature)
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:

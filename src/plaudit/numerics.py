@@ -73,14 +73,19 @@ def logprobs_of(
     The plain definition, for heads that `token_logprobs` cannot express; temperature is one number or (...). Results
     are float32 (float64 for float64). A logit may be -inf.
     """
-    divisor = temperature[..., None] if isinstance(temperature, Tensor) else temperature
-    everything = torch.log_softmax(logits.to(_wide(logits)) / divisor, -1)
+    everything = torch.log_softmax(warmed(logits, temperature), -1)
     chosen = everything.gather(-1, targets[..., None]).squeeze(-1)
     if not with_entropy:
         return chosen, None
     # A forbidden token has probability 0 and log-probability -inf, whose product would be NaN.
     finite = everything.clamp(min=torch.finfo(everything.dtype).min)
     return chosen, -(everything.exp() * finite).sum(-1)
+
+
+def warmed(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """Logits (..., V) over the temperature, one number or (...), in float32 (float64 for float64)."""
+    wide = logits.to(_wide(logits))
+    return wide / (temperature[..., None].to(wide) if isinstance(temperature, Tensor) else temperature)
 
 
 def token_logprobs(

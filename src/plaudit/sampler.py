@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from plaudit.budget import retried
-from plaudit.decoding import Shadow, draw, keep_likely, scored, warmed
+from plaudit.decoding import Shadow, draw, keep_likely, scored
 from plaudit.errors import PlauditError
+from plaudit.numerics import warmed
 from plaudit.seq2seq import Decoder
 from plaudit.slots import Slots
 
@@ -29,7 +30,7 @@ class Sampling:
     """
 
     max_new_tokens: int = 64
-    temperature: float | tuple[float, ...] = 1.0
+    temperature: float | Sequence[float] = 1.0
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     min_new_tokens: int = 0
@@ -37,7 +38,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        coldest = min(self.temperature, default=0.0) if isinstance(self.temperature, tuple) else self.temperature
+        coldest = min(self.temperature, default=0.0) if isinstance(self.temperature, Sequence) else self.temperature
         rules = [
             (self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}: give at least 1"),
             (coldest >= 0, f"temperature is {self.temperature}: give 0 (greedy) or more"),
@@ -178,7 +179,7 @@ class LocalSampler:
         if sampling.stop_strings and self._decode is None:
             raise PlauditError("stop_strings need text to search: give the sampler `decode`, or use stop_ids")
         given = sampling.temperature
-        if isinstance(given, tuple) and len(given) != len(prompts):
+        if isinstance(given, Sequence) and len(given) != len(prompts):
             raise PlauditError(f"there are {len(given)} temperatures for {len(prompts)} prompts: give one, or one each")
         config = self._shadow.module.config
         limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -236,11 +237,13 @@ class _Rows:
         size, device = len(uniforms), uniforms.device
         self.sampling, self.decode = sampling, decode
         self.empty = size
-        self.temperature = sampling.temperature
-        if isinstance(sampling.temperature, tuple):
+        self.temperature: float | Tensor
+        if isinstance(sampling.temperature, Sequence):
             each = torch.tensor(sampling.temperature, dtype=torch.float64, device=device)
             each = each.repeat_interleave(size // max(len(each), 1))
             self.temperature = torch.cat([each, each.new_ones(1)])
+        else:
+            self.temperature = sampling.temperature
         self.uniforms = torch.cat([uniforms, uniforms.new_zeros(1, uniforms.shape[1])])
         self.tokens = torch.zeros(self.uniforms.shape, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros_like(self.uniforms)
@@ -256,9 +259,7 @@ class _Rows:
         early = place + 1 < sampling.min_new_tokens
         if sampling.min_new_tokens > 1 and len(self.stop_ids):
             logits[:, self.stop_ids] = logits[:, self.stop_ids].masked_fill(early[:, None], -torch.inf)
-        temperature = self.temperature
-        if isinstance(temperature, Tensor):
-            temperature = temperature[rows]
+        temperature = self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature
         ids, logprobs = _choose(logits, sampling, temperature, self.uniforms[rows, place])
         self.tokens[rows, place], self.logprobs[rows, place] = ids, logprobs
         self.lengths[rows] = place + 1

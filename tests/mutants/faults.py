@@ -324,8 +324,8 @@ FAULTS = [
     Fault(
         "temperature multiplies",
         "numerics.py",
-        "torch.log_softmax(logits.to(_wide(logits)) / divisor, -1)",
-        "torch.log_softmax(logits.to(_wide(logits)) * divisor, -1)",
+        "return wide / (temperature[..., None]",
+        "return wide * (temperature[..., None]",
     ),
     Fault(
         "entropy below zero",

@@ -133,7 +133,7 @@ def test_each_prompt_has_its_temperature_b36(dtype, rows, filters, monkeypatch):
 
 def test_a_head_with_the_temperatures_of_its_rows_says_the_same_b36():
     model = tiny.model("llama", initializer_range=0.3)
-    temperatures = (0.6, 1.0, 1.7)
+    temperatures = [0.6, 1.0, 1.7]
     found = LocalSampler(model).sample(PROMPTS, Sampling(8, temperature=temperatures), 2, seeded())
     states, targets, each = [], [], []
     for i, completion in enumerate(found.completions):
@@ -309,7 +309,8 @@ def test_settings_that_make_no_sense(field, value):
 
 def test_no_prompts_give_no_rows():
     sampler = LocalSampler(learner("llama"))
-    assert sampler.sample([], Sampling(4), 3, seeded()) == Sampled([], [], [])
+    for temperature in (1.0, ()):
+        assert sampler.sample([], Sampling(4, temperature=temperature), 3, seeded()) == Sampled([], [], [])
 
 
 # The draw
